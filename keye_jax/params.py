@@ -1,0 +1,233 @@
+"""Every parameter, declared once: shape, logical axes, and dtype where the model fixes it.
+
+The abstract tree, random initialisation and the check of loaded weights all derive from `param_specs`. Parameters of
+the decoder's and the vision tower's layers are stacked on a leading "layer" axis in memory (one program serves all
+layers, and kernels take the stack and a layer index) and stored layer by layer on disk.
+
+Dimension letters: V vocabulary, D hidden, L layers, H query heads, G key/value heads, K head width, J index heads,
+I index head width, E experts, F expert width; C vision hidden, M vision MLP, N vision heads, W vision head width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from keye_jax.config import KeyeConfig, TextConfig, VisionConfig
+
+Params = Mapping[str, Any]
+"""Nested dictionaries with `jax.Array` leaves, shaped as `param_specs` says."""
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter. `dtype` None: the model's dtype. `init`: "normal" (0.02), "ones" or "zeros"."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+    @property
+    def stacked(self) -> bool:
+        """True where the first axis counts layers."""
+        return self.axes[0] == "layer"
+
+    def as_dtype(self, model_dtype: Any) -> Any:
+        return jnp.dtype(self.dtype or model_dtype)
+
+
+def param_specs(config: KeyeConfig) -> dict[str, Any]:
+    """The whole tree: {"text": ..., "vision": ..., "projector": ...} with `ParamSpec` leaves."""
+    return {
+        "text": _text_specs(config),
+        "vision": _vision_specs(config.vision),
+        "projector": _projector_specs(config.vision, config.text),
+    }
+
+
+def _text_specs(config: KeyeConfig) -> dict[str, Any]:
+    t, s = config.text, config.sparse
+    L, D, V = t.num_hidden_layers, t.hidden_size, t.vocab_size
+    H, G, K = t.num_attention_heads, t.num_key_value_heads, t.head_dim
+    J, I = s.indexer_num_heads, s.indexer_head_dim  # noqa: E741
+    E, F = t.num_experts, t.moe_intermediate_size
+    attn = {
+        "q_proj": ParamSpec((L, D, H, K), ("layer", "embed", "heads", None)),
+        "k_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None)),
+        "v_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None)),
+        "o_proj": ParamSpec((L, H, K, D), ("layer", "heads", None, "embed")),
+        "q_norm": ParamSpec((L, K), ("layer", None), "ones"),
+        "k_norm": ParamSpec((L, K), ("layer", None), "ones"),
+    }
+    indexer = {
+        "q_proj": ParamSpec((L, D, J, I), ("layer", "embed", "index_heads", None)),
+        "gate_proj": ParamSpec((L, D, J), ("layer", "embed", "index_heads")),
+        "k_proj": ParamSpec((L, D, I), ("layer", "embed", None)),
+        "q_norm": ParamSpec((L, I), ("layer", None), "ones"),
+        # float32 as the official server computes it, whatever dtype the file declares.
+        "k_norm": ParamSpec((L, I), ("layer", None), "ones", jnp.float32),
+        "k_norm_bias": ParamSpec((L, I), ("layer", None), "zeros", jnp.float32),
+    }
+    moe = {
+        "router": ParamSpec((L, D, E), ("layer", "embed", None)),
+        "gate_up_proj": ParamSpec((L, E, D, 2 * F), ("layer", "expert", "embed", "mlp")),
+        "down_proj": ParamSpec((L, E, F, D), ("layer", "expert", "mlp", "embed")),
+    }
+    return {
+        "embed_tokens": ParamSpec((V, D), ("vocab", "embed")),
+        "layers": {
+            "input_layernorm": ParamSpec((L, D), ("layer", None), "ones"),
+            "attn": attn,
+            "indexer": indexer,
+            "post_attention_layernorm": ParamSpec((L, D), ("layer", None), "ones"),
+            "moe": moe,
+        },
+        "norm": ParamSpec((D,), (None,), "ones"),
+        "lm_head": ParamSpec((V, D), ("vocab", "embed")),
+    }
+
+
+def _vision_specs(v: VisionConfig) -> dict[str, Any]:
+    L, C, M, N, W = v.num_hidden_layers, v.hidden_size, v.intermediate_size, v.num_attention_heads, v.head_dim
+
+    def head_proj() -> dict[str, ParamSpec]:
+        return {
+            "weight": ParamSpec((L, C, N, W), ("layer", "embed", "heads", None)),
+            "bias": ParamSpec((L, N, W), ("layer", "heads", None), "zeros"),
+        }
+
+    return {
+        "patch_embedding": _linear((v.patch_dim, C), (None, "embed")),
+        "position_embedding": ParamSpec((v.table_side**2, C), (None, "embed")),
+        "layers": {
+            "layer_norm1": _layer_norm((L, C), ("layer", None)),
+            "q_proj": head_proj(),
+            "k_proj": head_proj(),
+            "v_proj": head_proj(),
+            "out_proj": {
+                "weight": ParamSpec((L, N, W, C), ("layer", "heads", None, "embed")),
+                "bias": ParamSpec((L, C), ("layer", None), "zeros"),
+            },
+            "layer_norm2": _layer_norm((L, C), ("layer", None)),
+            "fc1": _linear((L, C, M), ("layer", "embed", "mlp")),
+            "fc2": _linear((L, M, C), ("layer", "mlp", "embed")),
+        },
+        "post_layernorm": _layer_norm((C,), (None,)),
+    }
+
+
+def _projector_specs(v: VisionConfig, t: TextConfig) -> dict[str, Any]:
+    P = v.merged_dim
+    return {
+        "pre_norm": _layer_norm((P,), (None,)),
+        "linear_1": _linear((P, P), (None, "mlp")),
+        "linear_2": _linear((P, t.hidden_size), ("mlp", "embed")),
+    }
+
+
+def _linear(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, ParamSpec]:
+    """Weight [..., in, out] and bias [..., out]."""
+    return {
+        "weight": ParamSpec(shape, axes),
+        "bias": ParamSpec((*shape[:-2], shape[-1]), (*axes[:-2], axes[-1]), "zeros"),
+    }
+
+
+def _layer_norm(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, ParamSpec]:
+    return {"weight": ParamSpec(shape, axes, "ones"), "bias": ParamSpec(shape, axes, "zeros")}
+
+
+def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Leaves of nested dictionaries with their paths, in declaration order."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            for path, leaf in flatten(value):
+                yield (name, *path), leaf
+        else:
+            yield (name,), value
+
+
+def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def map_specs(function: Callable[[ParamSpec], Any], config: KeyeConfig) -> dict[str, Any]:
+    """A tree of the parameters' shape with `function(spec)` at every leaf."""
+    return unflatten({path: function(spec) for path, spec in flatten(param_specs(config))})
+
+
+def abstract_params(config: KeyeConfig, dtype: Any) -> dict[str, Any]:
+    """The tree of `jax.ShapeDtypeStruct`: what tracing and exporting need, without any weights."""
+    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.as_dtype(dtype)), config)
+
+
+def init_params(config: KeyeConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random weights: normal with standard deviation 0.02 for matrices, ones and zeros for norms and biases."""
+    leaves = {}
+    for number, (path, spec) in enumerate(flatten(param_specs(config))):
+        leaf_dtype = spec.as_dtype(dtype)
+        if spec.init == "normal":
+            noise = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
+            leaves[path] = (0.02 * noise).astype(leaf_dtype)
+        else:
+            leaves[path] = jnp.full(spec.shape, 1 if spec.init == "ones" else 0, leaf_dtype)
+    return unflatten(leaves)
+
+
+def count_params(config: KeyeConfig) -> int:
+    """Number of weights the forward pass uses (the published 31,122,082,160 less the unused packing table)."""
+    total = 0
+    for _, spec in flatten(param_specs(config)):
+        size = 1
+        for extent in spec.shape:
+            size *= extent
+        total += size
+    return total
+
+
+def storage_groups(config: KeyeConfig) -> dict[str, tuple[Path, int | None]]:
+    """How weights lie on disk: one group per decoder layer and per remaining part, so that reading or writing one
+    group at a time bounds host memory (1.3 GB in the published model) and no array spans the layer stack.
+
+    Returns group name → (subtree path, layer index or None).
+    """
+    text, vision = config.text.num_hidden_layers, config.vision.num_hidden_layers
+    return {
+        "text.embed_tokens": (("text", "embed_tokens"), None),
+        **{f"text.layers.{i}": (("text", "layers"), i) for i in range(text)},
+        "text.norm": (("text", "norm"), None),
+        "text.lm_head": (("text", "lm_head"), None),
+        "vision.patch_embedding": (("vision", "patch_embedding"), None),
+        "vision.position_embedding": (("vision", "position_embedding"), None),
+        **{f"vision.layers.{i}": (("vision", "layers"), i) for i in range(vision)},
+        "vision.post_layernorm": (("vision", "post_layernorm"), None),
+        "projector": (("projector",), None),
+    }
+
+
+def group_specs(config: KeyeConfig, group: str) -> dict[Path, ParamSpec]:
+    """Full path → spec of one group's arrays as stored (a layer's arrays without the layer axis)."""
+    prefix, layer = storage_groups(config)[group]
+    specs = {}
+    for path, spec in flatten(param_specs(config)):
+        if path[: len(prefix)] == prefix:
+            if layer is not None:
+                spec = ParamSpec(spec.shape[1:], spec.axes[1:], spec.init, spec.dtype)
+            specs[path] = spec
+    return specs
