@@ -1,0 +1,53 @@
+"""Grouped-query attention over the selected keys only: exact softmax, one set per query shared by all heads."""
+
+import jax
+
+from kernels_pallas.sparse_attention import reference
+
+
+def attend_bits(
+    q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Attention of a chunk of consecutive queries (prefill).
+
+    Args:
+        q: [B, C, H, K] queries after norm and rotary embedding.
+        kv: [L, B, S, 2, G, K] cache of all layers; index 0 of the fourth axis holds keys, 1 values. H % G == 0.
+        layer: which layer's cache, int32 scalar.
+        bits: [B, C, S // 32] uint32 from `index_select.select_bits`.
+        start: [B] int32, sequence index of the first query; no key after start + C - 1 is selected.
+
+    Returns:
+        [B, C, H, K], dtype of q; softmax in float32, scale K ** -0.5.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(q.shape[0], q.shape[2:], q, kv)
+    if bits.shape != (*q.shape[:2], kv.shape[2] // 32):
+        raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
+    return reference.attend_bits(q, kv, layer, bits, start)
+
+
+def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
+    """Attention of one query per sequence over listed keys (decode).
+
+    Args:
+        q: [B, H, K].
+        kv, layer: as in `attend_bits`.
+        ids: [B, k] int32 key indices; -1 marks an unused slot.
+
+    Returns:
+        [B, H, K], dtype of q.
+    """
+    _check(q.shape[0], q.shape[1:], q, kv)
+    if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
+        raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
+    return reference.attend_ids(q, kv, layer, ids)
+
+
+def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:
+    if kv.ndim != 6 or kv.shape[1] != batch or kv.shape[3] != 2 or kv.shape[5] != heads[1]:
+        raise ValueError(f"q {q.shape} and kv {kv.shape} do not fit")
+    if heads[0] % kv.shape[4]:
+        raise ValueError(f"{heads[0]} query heads are not a multiple of {kv.shape[4]} key/value heads")

@@ -1,0 +1,47 @@
+"""sparse_attention in plain jnp: the specification and the fallback.
+
+Prefill walks tiles of keys up to the last visible one with a streaming softmax, so its memory is O(C x tile);
+decode gathers the selected rows. Arguments as in the package's public functions.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.common import SoftmaxState, einsum_f32
+
+KEY_TILE = 512
+
+
+def attend_bits(
+    q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array
+) -> jax.Array:
+    """See `kernels_pallas.sparse_attention.attend_bits`."""
+    B, C, H, K = q.shape
+    S, G = kv.shape[2], kv.shape[4]
+    tile = next(t for t in (KEY_TILE, 256, 128, 64, 32) if S % t == 0)
+    grouped = q.reshape(B, C, G, H // G, K)
+
+    def add_tile(i: jax.Array, state: SoftmaxState) -> SoftmaxState:
+        block = lax.dynamic_slice(kv, (layer, 0, i * tile, 0, 0, 0), (1, B, tile, 2, G, K))[0]
+        words = lax.dynamic_slice(bits, (0, 0, i * (tile // 32)), (B, C, tile // 32))
+        mask = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        mask = mask.astype(bool).reshape(B, C, 1, 1, tile)
+        scores = einsum_f32("bcgrk,bsgk->bcgrs", grouped, block[:, :, 0]) * K**-0.5
+        return state.add(scores, mask, block[:, :, 1], "bcgrs,bsgk->bcgrk")
+
+    tiles = jnp.minimum((jnp.max(start) + C + tile - 1) // tile, S // tile)
+    state = lax.fori_loop(0, tiles, add_tile, SoftmaxState.start((B, C, G, H // G), K))
+    return state.result().astype(q.dtype).reshape(B, C, H, K)
+
+
+def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
+    """See `kernels_pallas.sparse_attention.attend_ids`."""
+    B, H, K = q.shape
+    G = kv.shape[4]
+    rows = kv[layer, jnp.arange(B)[:, None], jnp.maximum(ids, 0)]
+    grouped = q.reshape(B, G, H // G, K)
+    scores = einsum_f32("bgrk,bsgk->bgrs", grouped, rows[:, :, 0]) * K**-0.5
+    state = SoftmaxState.start((B, G, H // G), K)
+    state = state.add(scores, (ids >= 0)[:, None, None], rows[:, :, 1], "bgrs,bsgk->bgrk")
+    return state.result().astype(q.dtype).reshape(B, H, K)

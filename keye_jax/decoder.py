@@ -1,0 +1,139 @@
+"""The text decoder over a cache: one chunk of tokens per row in, hidden states out. Prefill and decode are the same
+function; a chunk of one token selects ids instead of bits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keye_jax import ops
+from keye_jax.cache import Cache, append
+from keye_jax.config import KeyeConfig, indexer_sections
+from keye_jax.indexer import index_inputs
+from keye_jax.layers import project, rms_norm
+from keye_jax.moe import moe
+from keye_jax.rope import mrope_tables, rotate
+
+Tables = tuple[jax.Array, jax.Array]
+
+
+def embed(
+    params: dict[str, Any], tokens: jax.Array, vision_rows: jax.Array | None, is_vision: jax.Array | None
+) -> jax.Array:
+    """Token embeddings [B, C, D], with `vision_rows` [B, C, D] where `is_vision` [B, C]."""
+    h = params["embed_tokens"][tokens]
+    if vision_rows is None or is_vision is None:
+        return h
+    return jnp.where(is_vision[..., None], vision_rows.astype(h.dtype), h)
+
+
+def rope_tables(positions: jax.Array, config: KeyeConfig, dtype: Any) -> tuple[Tables, Tables]:
+    """Rotary tables of the attention heads and of the indexer for positions [3, B, C]."""
+    t, s = config.text, config.sparse
+    main = mrope_tables(positions, t.rope_theta, t.mrope_section, t.mrope_interleaved, dtype)
+    interleaved = t.mrope_interleaved if s.mrope_interleaved is None else s.mrope_interleaved
+    index = mrope_tables(positions, t.rope_theta, indexer_sections(config), interleaved, dtype)
+    return main, index
+
+
+def decoder_layer(
+    stack: dict[str, Any],
+    layer: jax.Array,
+    h: jax.Array,
+    cache: Cache,
+    tables: tuple[Tables, Tables],
+    valid: jax.Array,
+    config: KeyeConfig,
+) -> tuple[jax.Array, Cache]:
+    """One layer for a chunk that continues every row at `cache["length"]`.
+
+    Args:
+        stack: parameters of all layers, stacked.
+        layer: int32 scalar, which one.
+        h: [B, C, D] residual stream.
+        tables: from `rope_tables`.
+        valid: [B] int32, tokens of the chunk that count; what follows them is padding and is not cached.
+
+    Returns:
+        The new residual stream and the cache with this layer's rows written (`length` unchanged).
+    """
+    experts = {name: stack["moe"][name] for name in ("gate_up_proj", "down_proj")}
+    small = {**stack, "moe": {"router": stack["moe"]["router"]}}
+    params = jax.tree.map(lambda w: w[layer], small)
+    eps = config.text.rms_norm_eps
+    with jax.named_scope("attention"):
+        a = rms_norm(h, params["input_layernorm"], eps)
+        out, cache = _attention(params, layer, a, cache, tables, valid, config)
+        h = h + out
+    with jax.named_scope("moe"):
+        m = rms_norm(h, params["post_attention_layernorm"], eps)
+        B, C, D = m.shape
+        h = h + moe(params["moe"], experts, layer, m.reshape(B * C, D), config.text).reshape(B, C, D)
+    return h, cache
+
+
+def _attention(
+    params: dict[str, Any],
+    layer: jax.Array,
+    a: jax.Array,
+    cache: Cache,
+    tables: tuple[Tables, Tables],
+    valid: jax.Array,
+    config: KeyeConfig,
+) -> tuple[jax.Array, Cache]:
+    attn, eps = params["attn"], config.text.rms_norm_eps
+    (cos, sin), (index_cos, index_sin) = tables
+    start, chunk, capacity = cache["length"], a.shape[1], cache["kv"].shape[2]
+    q = rms_norm(project("bcd,dhk->bchk", a, attn["q_proj"]), attn["q_norm"], eps)
+    k = rms_norm(project("bcd,dgk->bcgk", a, attn["k_proj"]), attn["k_norm"], eps)
+    v = project("bcd,dgk->bcgk", a, attn["v_proj"])
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    index = index_inputs(params["indexer"], a, index_cos, index_sin, config)
+
+    step = jnp.arange(chunk, dtype=jnp.int32)
+    slots = jnp.where(step < valid[:, None], start[:, None] + step, capacity)
+    cache = append(cache, layer, slots, k, v, index)
+    selection = (index.q, index.weights, cache["idx_k"], cache.get("idx_scale"), layer, start, config.sparse.topk)
+    if chunk == 1:
+        out = ops.attend_ids(q[:, 0], cache["kv"], layer, ops.select_ids(*selection))[:, None]
+    else:
+        out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start)
+    return project("bchk,hkd->bcd", out, attn["o_proj"]), cache
+
+
+def decoder(
+    params: dict[str, Any],
+    h: jax.Array,
+    cache: Cache,
+    positions: jax.Array,
+    valid: jax.Array,
+    config: KeyeConfig,
+) -> tuple[jax.Array, Cache]:
+    """All layers and the final norm.
+
+    Args:
+        params: the "text" parameters.
+        h: [B, C, D] from `embed`.
+        positions: [3, B, C] int32.
+        valid: [B] int32, tokens of the chunk that count.
+
+    Returns:
+        Normed hidden states [B, C, D] and the cache, `valid` tokens longer.
+    """
+    tables = rope_tables(positions, config, h.dtype)
+    layers = params["layers"]
+
+    def body(layer: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+        return decoder_layer(layers, layer, *carry, tables, valid, config)
+
+    # Carried, not scanned over: a cache that leaves a loop as a stacked output is copied.
+    h, cache = lax.fori_loop(0, config.text.num_hidden_layers, body, (h, cache))
+    cache = {**cache, "length": cache["length"] + valid}
+    return rms_norm(h, params["norm"], config.text.rms_norm_eps), cache
+
+
+def lm_head(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of normed hidden states [..., D], rounded through the model's dtype as the official
+    head is."""
+    return project("...d,vd->...v", hidden, params["lm_head"]).astype(jnp.float32)

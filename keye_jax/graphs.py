@@ -1,0 +1,102 @@
+"""The three programs the runtime executes, as pure functions of dictionaries and arrays with static shapes.
+
+    vision   params, patches, grid                     → vision rows
+    prefill  params, cache, logits, a chunk            → cache, logits of each row's last valid token so far
+    decode   params, cache, logits, decoding state     → cache, logits, state, up to n new tokens
+
+Prefill leaves logits, and decode starts by sampling from them: choosing a token is written, and compiled, once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keye_jax.cache import Cache
+from keye_jax.config import KeyeConfig
+from keye_jax.decoder import decoder, embed, lm_head
+from keye_jax.sampling import Sampling, sample
+from keye_jax.vision import vision_tokens
+
+NO_TOKEN = -1
+
+
+class Chunk(NamedTuple):
+    """The next tokens of every row's prompt."""
+
+    tokens: jax.Array  # [B, C] int32
+    positions: jax.Array  # [3, B, C] int32
+    vision_rows: jax.Array  # [B, C, D] model dtype
+    is_vision: jax.Array  # [B, C] bool
+    valid: jax.Array  # [B] int32, how many of the C tokens count
+
+
+class DecodeState(NamedTuple):
+    """What a row needs to go on; all [B] unless noted."""
+
+    delta: jax.Array  # int32, rotary position minus sequence index
+    done: jax.Array  # bool
+    budget: jax.Array  # int32, tokens it may still produce
+    stop_ids: jax.Array  # [n_stop] int32; NO_TOKEN pads
+    sampling: Sampling
+
+
+def vision(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: KeyeConfig) -> jax.Array:
+    """See `keye_jax.vision.vision_tokens`."""
+    return vision_tokens(params, patches, grid_thw, config.vision)
+
+
+def prefill(
+    params: dict[str, Any], cache: Cache, logits: jax.Array, chunk: Chunk, config: KeyeConfig
+) -> tuple[Cache, jax.Array]:
+    """Appends a chunk to every row.
+
+    Args:
+        params: the "text" parameters.
+        cache: see `keye_jax.cache`; donated by the caller.
+        logits: [B, V] float32; rows without a valid token in this chunk keep theirs.
+    """
+    h = embed(params, chunk.tokens, chunk.vision_rows, chunk.is_vision)
+    hidden, cache = decoder(params, h, cache, chunk.positions, chunk.valid, config)
+    last = jnp.maximum(chunk.valid - 1, 0)
+    new = lm_head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    return cache, jnp.where(chunk.valid[:, None] > 0, new, logits)
+
+
+def decode(
+    params: dict[str, Any], cache: Cache, logits: jax.Array, state: DecodeState, config: KeyeConfig, steps: int
+) -> tuple[Cache, jax.Array, DecodeState, jax.Array, jax.Array]:
+    """Produces up to `steps` tokens a row in one device loop.
+
+    A row is done after a stop token (which is returned) or when its budget is spent; a done row's cache stays as it
+    is. The loop ends early when every row is done.
+
+    Returns:
+        cache, logits, state, tokens [B, steps] int32 (NO_TOKEN after a row is done), and finite [B] bool: whether
+        all logits that tokens were drawn from were finite.
+    """
+    B = logits.shape[0]
+
+    def running(carry: tuple[Any, ...]) -> jax.Array:
+        i, _, _, state, _, _ = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, cache, logits, state, tokens, finite = carry
+        token = sample(logits, state.sampling, cache["length"])
+        alive = ~state.done
+        finite &= state.done | jnp.all(jnp.isfinite(logits), axis=-1)
+        tokens = tokens.at[:, i].set(jnp.where(alive, token, NO_TOKEN))
+        budget = state.budget - alive
+        stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1)
+        done = state.done | stopped | (budget <= 0)
+        positions = jnp.broadcast_to(cache["length"] + state.delta, (3, B))[..., None]
+        h = embed(params, token[:, None], None, None)
+        hidden, cache = decoder(params, h, cache, positions, (~done).astype(jnp.int32), config)
+        return i + 1, cache, lm_head(params, hidden[:, 0]), state._replace(done=done, budget=budget), tokens, finite
+
+    tokens = jnp.full((B, steps), NO_TOKEN, jnp.int32)
+    carry = (jnp.int32(0), cache, logits, state, tokens, jnp.ones((B,), bool))
+    _, cache, logits, state, tokens, finite = lax.while_loop(running, step, carry)
+    return cache, logits, state, tokens, finite
