@@ -52,9 +52,7 @@ class SoftmaxState(NamedTuple):
         p = jnp.where(mask, jnp.exp(scores - maximum[..., None]), 0.0)
         # Rounding before the product with V as the official kernels do; the denominator stays float32.
         weighted = einsum_f32(subscripts, p.astype(values.dtype), values)
-        return SoftmaxState(
-            maximum, self.denominator * decay + p.sum(-1), self.numerator * decay[..., None] + weighted
-        )
+        return SoftmaxState(maximum, self.denominator * decay + p.sum(-1), self.numerator * decay[..., None] + weighted)
 
     def result(self) -> jax.Array:
         """[..., K] float32; zero where no key was seen."""

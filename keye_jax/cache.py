@@ -50,9 +50,7 @@ def init_cache(config: KeyeConfig, batch: int, capacity: int, dtype: Any) -> Cac
     return {k: jnp.zeros(v.shape, v.dtype) for k, v in abstract_cache(config, batch, capacity, dtype).items()}
 
 
-def append(
-    cache: Cache, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array, index: IndexInputs
-) -> Cache:
+def append(cache: Cache, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array, index: IndexInputs) -> Cache:
     """Writes one layer's rows of a chunk.
 
     Args:

@@ -1,9 +1,9 @@
 """From the tensors of an official checkpoint to this library's parameters.
 
-One table says where every tensor goes. A row names a tensor and its targets, each with a view: a function that
-shows the target array the way the file holds it (transposed, heads flattened, one expert's slice). Loading writes
-through the view a piece at a time, so nothing larger than the target is ever held, and the expected shape of a
-tensor is the shape of its views.
+One table says where every tensor goes. A row names a tensor and its targets, each with a view: a function
+that shows the target array the way the file holds it (transposed, heads flattened, one expert's slice).
+Loading writes through the view a piece at a time, so nothing larger than the target is ever held, and the
+expected shape of a tensor is the shape of its views.
 """
 
 import os
@@ -20,7 +20,7 @@ import numpy as np
 
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import CheckpointError
-from keye_jax.params import ParamSpec, Path, flatten, group_specs, param_specs, storage_groups, unflatten
+from keye_jax.params import ParamSpec, Path, StorageGroup, flatten, param_specs, unflatten
 from keye_jax.safetensors import Tensor, open_folder
 
 View = Callable[[np.ndarray], np.ndarray]
@@ -37,8 +37,8 @@ IGNORED = {
 
 _UNFUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)\d+\.(gate|up|down)_proj\.weight")
 
-# Stacks up to this size are put together in host memory and sent at once; larger ones grow on the device, layer
-# by layer, so that the host never holds a whole one (38.7 GB for the published expert weights).
+# Stacks up to this size are put together in host memory and sent at once; larger ones grow on the device,
+# layer by layer, so that the host never holds a whole one (38.7 GB for the published expert weights).
 _HOST_STACK_BYTES = 256 << 20
 
 
@@ -84,8 +84,8 @@ class Checkpoint:
                 values = piece.astype(target.dtype, copy=False)
                 if not _all_finite(values):
                     raise CheckpointError(
-                        f"tensor {source.tensor.name!r} in {source.tensor.file.name} holds a value that is not "
-                        f"finite as {target.dtype}; fetch the file again"
+                        f"tensor {source.tensor.name!r} in {source.tensor.file.name} holds a value that is "
+                        f"not finite as {target.dtype}; fetch the file again"
                     )
                 _copy_rows(view[row - source.first :], values)
 
@@ -119,24 +119,17 @@ def load_params(
     return unflatten(leaves)
 
 
-def iter_groups(checkpoint: Checkpoint, dtype: Any) -> Iterator[tuple[str, dict[Path, np.ndarray]]]:
-    """`read_group` for every group of `params.storage_groups`, in that order."""
-    for group in storage_groups(checkpoint.config):
-        yield group, read_group(checkpoint, group, dtype)
-
-
-def read_group(checkpoint: Checkpoint, group: str, dtype: Any) -> dict[Path, np.ndarray]:
-    """One storage group: full path of each parameter → array, a layer's arrays without the layer axis.
+def read_group(checkpoint: Checkpoint, group: StorageGroup, dtype: Any) -> dict[Path, np.ndarray]:
+    """Reads one storage group (see `params.storage_groups`): full path of each parameter → array as stored.
 
     Raises:
         CheckpointError: see `Checkpoint.fill`.
     """
     dtype = weight_dtype(dtype)
-    _, layer = storage_groups(checkpoint.config)[group]
     arrays = {}
-    for path, spec in group_specs(checkpoint.config, group).items():
+    for path, spec in group.specs.items():
         arrays[path] = np.empty(spec.shape, spec.as_dtype(dtype))
-        checkpoint.fill(path, layer, arrays[path])
+        checkpoint.fill(path, group.layer, arrays[path])
     return arrays
 
 
@@ -154,19 +147,19 @@ def open_checkpoint(folder: str | os.PathLike[str], config: KeyeConfig) -> Check
     specs = dict(flatten(param_specs(config)))
     sources: dict[tuple[Path, int | None], tuple[Source, ...]] = {}
     for name, (row, layer) in expected.items():
-        shape, first = None, 0
+        tensor, first, shape = found[name], 0, ()
         for path, view in row.targets:
             part = view(_blank(specs[path])).shape
             key = (path, layer if specs[path].stacked else None)
-            sources[key] = (*sources.get(key, ()), Source(found[name], first, view))
+            sources[key] = (*sources.get(key, ()), Source(tensor, first, view))
             first += part[0]
             shape = (first, *part[1:])
-        if found[name].shape != shape:
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(found[name].shape)} where config.json asks for {list(shape or ())}; "
+                f"tensor {name!r} has shape {list(tensor.shape)} where config.json asks for {list(shape)}; "
                 "the weights belong to another model or config.json was changed"
             )
-        _ = found[name].float_dtype
+        tensor.check_floating()
     return Checkpoint(config, sources, files.fingerprint, tuple(sorted(ignored)))
 
 
@@ -181,9 +174,7 @@ def weight_dtype(dtype: Any) -> np.dtype:
     return np.dtype(found)
 
 
-def _expected(
-    config: KeyeConfig, found: Mapping[str, Tensor]
-) -> Iterator[tuple[str, tuple[Row, int | None]]]:
+def _expected(config: KeyeConfig, found: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[Row, int | None]]]:
     """Every tensor name the checkpoint must hold, with its row and layer."""
     names = {match[1] for name in found if (match := _UNFUSED.fullmatch(name))}
     fused = _fused_expert_rows(transposed=_experts_transposed(config, found))
@@ -280,9 +271,7 @@ def _unfused_expert_rows(config: KeyeConfig) -> list[Row]:
                 "text.layers.moe.gate_up_proj",
                 partial(_expert, e=e, columns=gate),
             ),
-            _row(
-                f"{expert}.up_proj.weight", "text.layers.moe.gate_up_proj", partial(_expert, e=e, columns=up)
-            ),
+            _row(f"{expert}.up_proj.weight", "text.layers.moe.gate_up_proj", partial(_expert, e=e, columns=up)),
             _row(
                 f"{expert}.down_proj.weight",
                 "text.layers.moe.down_proj",
@@ -345,18 +334,19 @@ def _expert(target: np.ndarray, *, e: int, columns: slice) -> np.ndarray:
 def _experts_transposed(config: KeyeConfig, found: Mapping[str, Tensor]) -> bool:
     """True if fused experts lie as [expert, out, in], as transformers 5 writes them.
 
-    The published layout is [expert, in, out]. At most one of the two tensors can be square, so the other decides.
+    The published layout is [expert, in, out]. At most one of the two tensors is square; the other decides.
     """
     t = config.text
     swapped = {
         "gate_up_proj": (t.num_experts, 2 * t.moe_intermediate_size, t.hidden_size),
         "down_proj": (t.num_experts, t.hidden_size, t.moe_intermediate_size),
     }
-    for leaf, shape in swapped.items():
-        tensor = found.get(f"model.layers.0.mlp.experts.{leaf}")
-        if tensor is not None and tensor.shape == shape and shape[1] != shape[2]:
-            return True
-    return False
+    return any(
+        tensor is not None and tensor.shape == shape and shape[1] != shape[2]
+        for layer in range(t.num_hidden_layers)
+        for leaf, shape in swapped.items()
+        for tensor in (found.get(f"model.layers.{layer}.mlp.experts.{leaf}"),)
+    )
 
 
 def _check_names(expected: set[str], found: set[str]) -> None:
@@ -387,7 +377,7 @@ def _all_finite(values: np.ndarray) -> bool:
 
 
 def _copy_rows(view: np.ndarray, values: np.ndarray) -> None:
-    """view[:len(values)] = values. Blocks of 64 rows keep the strided side of a transposition in cache: twice as fast."""
+    """view[:len(values)] = values; blocks of 64 rows keep a transposition in cache, which doubles its speed."""
     for row in range(0, len(values), 64):
         block = values[row : row + 64]
         view[row : row + len(block)] = block
@@ -403,7 +393,7 @@ def _load_leaf(checkpoint: Checkpoint, path: Path, spec: ParamSpec, dtype: np.dt
         host = np.empty(spec.shape, leaf_dtype)
         for layer in range(spec.shape[0]) if spec.stacked else [None]:
             checkpoint.fill(path, layer, host if layer is None else host[layer])
-        return jnp.asarray(host)
+        return jax.device_put(host)
     stack = jnp.zeros(spec.shape, leaf_dtype)
     for layer in range(spec.shape[0]):
         host = np.empty(spec.shape[1:], leaf_dtype)

@@ -81,9 +81,7 @@ class SparseConfig:
                 f"sa_config.indexer_head_dim={self.indexer_head_dim} must be a power of two (Hadamard transform)"
             )
         if self.indexer_dtype not in INDEXER_DTYPES:
-            raise ConfigError(
-                f"indexer_dtype {self.indexer_dtype!r} is not one of {', '.join(INDEXER_DTYPES)}"
-            )
+            raise ConfigError(f"indexer_dtype {self.indexer_dtype!r} is not one of {', '.join(INDEXER_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -343,9 +341,7 @@ def _sparse_config(raw: Mapping[str, Any], indexer_dtype: IndexerDtype | None) -
 def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     vision = _section(raw, "vision_config")
     _check_fixed(vision, _FIXED_VISION, "vision_config")
-    _check_known(
-        vision, {*_VISION_INTS, *_VISION_OPTIONAL, *_FIXED_VISION, *_UNUSED_VISION}, "vision_config"
-    )
+    _check_known(vision, {*_VISION_INTS, *_VISION_OPTIONAL, *_FIXED_VISION, *_UNUSED_VISION}, "vision_config")
     return VisionConfig(
         **_take(vision, _VISION_INTS, "vision_config", int),
         **_take_optional(vision, _VISION_OPTIONAL, "vision_config"),
@@ -415,8 +411,7 @@ def _check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], w
     for key, allowed in fixed.items():
         if key in raw and raw[key] not in allowed:
             raise ConfigError(
-                f"{where}: {key}={raw[key]!r} is not supported (supported: "
-                f"{' or '.join(repr(a) for a in allowed)})"
+                f"{where}: {key}={raw[key]!r} is not supported (supported: {' or '.join(repr(a) for a in allowed)})"
             )
 
 

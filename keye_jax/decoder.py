@@ -94,7 +94,15 @@ def _attention(
     step = jnp.arange(chunk, dtype=jnp.int32)
     slots = jnp.where(step < valid[:, None], start[:, None] + step, capacity)
     cache = append(cache, layer, slots, k, v, index)
-    selection = (index.q, index.weights, cache["idx_k"], cache.get("idx_scale"), layer, start, config.sparse.topk)
+    selection = (
+        index.q,
+        index.weights,
+        cache["idx_k"],
+        cache.get("idx_scale"),
+        layer,
+        start,
+        config.sparse.topk,
+    )
     if chunk == 1:
         out = ops.attend_ids(q[:, 0], cache["kv"], layer, ops.select_ids(*selection))[:, None]
     else:

@@ -1,4 +1,5 @@
 """The three programs the runtime executes, as pure functions of dictionaries and arrays with static shapes.
+Plain dictionaries, because whoever runs a serialised program need not have this package.
 
     vision   params, patches, grid                     → vision rows
     prefill  params, cache, logits, a chunk            → cache, logits of each row's last valid token so far
@@ -7,7 +8,7 @@
 Prefill leaves logits, and decode starts by sampling from them: choosing a token is written, and compiled, once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ from keye_jax.vision import vision_tokens
 
 NO_TOKEN = -1
 
+MAX_DECODE_STEPS = 16
+"""Tokens one decode call can produce: the width of its result. How many it does produce is an argument."""
 
-class Chunk(NamedTuple):
+
+class Chunk(TypedDict):
     """The next tokens of every row's prompt."""
 
     tokens: jax.Array  # [B, C] int32
@@ -32,7 +36,7 @@ class Chunk(NamedTuple):
     valid: jax.Array  # [B] int32, how many of the C tokens count
 
 
-class DecodeState(NamedTuple):
+class DecodeState(TypedDict):
     """What a row needs to go on; all [B] unless noted."""
 
     delta: jax.Array  # int32, rotary position minus sequence index
@@ -57,46 +61,58 @@ def prefill(
         cache: see `keye_jax.cache`; donated by the caller.
         logits: [B, V] float32; rows without a valid token in this chunk keep theirs.
     """
-    h = embed(params, chunk.tokens, chunk.vision_rows, chunk.is_vision)
-    hidden, cache = decoder(params, h, cache, chunk.positions, chunk.valid, config)
-    last = jnp.maximum(chunk.valid - 1, 0)
+    valid = chunk["valid"]
+    h = embed(params, chunk["tokens"], chunk["vision_rows"], chunk["is_vision"])
+    hidden, cache = decoder(params, h, cache, chunk["positions"], valid, config)
+    last = jnp.maximum(valid - 1, 0)
     new = lm_head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    return cache, jnp.where(chunk.valid[:, None] > 0, new, logits)
+    return cache, jnp.where(valid[:, None] > 0, new, logits)
 
 
 def decode(
-    params: dict[str, Any], cache: Cache, logits: jax.Array, state: DecodeState, config: KeyeConfig, steps: int
+    params: dict[str, Any],
+    cache: Cache,
+    logits: jax.Array,
+    state: DecodeState,
+    steps: jax.Array,
+    config: KeyeConfig,
 ) -> tuple[Cache, jax.Array, DecodeState, jax.Array, jax.Array]:
     """Produces up to `steps` tokens a row in one device loop.
 
     A row is done after a stop token (which is returned) or when its budget is spent; a done row's cache stays as it
     is. The loop ends early when every row is done.
 
+    Args:
+        params: the "text" parameters.
+        cache, logits: from `prefill` or the last `decode`; donated by the caller.
+        steps: int32 scalar, at most MAX_DECODE_STEPS.
+
     Returns:
-        cache, logits, state, tokens [B, steps] int32 (NO_TOKEN after a row is done), and finite [B] bool: whether
-        all logits that tokens were drawn from were finite.
+        cache, logits, state, tokens [B, MAX_DECODE_STEPS] int32 (NO_TOKEN where none was produced), and finite [B]
+        bool: whether all logits that tokens were drawn from were finite.
     """
     B = logits.shape[0]
 
     def running(carry: tuple[Any, ...]) -> jax.Array:
         i, _, _, state, _, _ = carry
-        return (i < steps) & ~jnp.all(state.done)
+        return (i < steps) & ~jnp.all(state["done"])
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, cache, logits, state, tokens, finite = carry
-        token = sample(logits, state.sampling, cache["length"])
-        alive = ~state.done
-        finite &= state.done | jnp.all(jnp.isfinite(logits), axis=-1)
+        token = sample(logits, state["sampling"], cache["length"])
+        alive = ~state["done"]
+        finite &= ~alive | jnp.all(jnp.isfinite(logits), axis=-1)
         tokens = tokens.at[:, i].set(jnp.where(alive, token, NO_TOKEN))
-        budget = state.budget - alive
-        stopped = jnp.any(token[:, None] == state.stop_ids, axis=-1)
-        done = state.done | stopped | (budget <= 0)
-        positions = jnp.broadcast_to(cache["length"] + state.delta, (3, B))[..., None]
+        budget = state["budget"] - alive
+        stopped = jnp.any(token[:, None] == state["stop_ids"], axis=-1)
+        done = ~alive | stopped | (budget <= 0)
+        positions = jnp.broadcast_to(cache["length"] + state["delta"], (3, B))[..., None]
         h = embed(params, token[:, None], None, None)
         hidden, cache = decoder(params, h, cache, positions, (~done).astype(jnp.int32), config)
-        return i + 1, cache, lm_head(params, hidden[:, 0]), state._replace(done=done, budget=budget), tokens, finite
+        state = {**state, "done": done, "budget": budget}
+        return i + 1, cache, lm_head(params, hidden[:, 0]), state, tokens, finite
 
-    tokens = jnp.full((B, steps), NO_TOKEN, jnp.int32)
+    tokens = jnp.full((B, MAX_DECODE_STEPS), NO_TOKEN, jnp.int32)
     carry = (jnp.int32(0), cache, logits, state, tokens, jnp.ones((B,), bool))
     _, cache, logits, state, tokens, finite = lax.while_loop(running, step, carry)
     return cache, logits, state, tokens, finite

@@ -30,7 +30,11 @@ def route(router: jax.Array, m: jax.Array, config: TextConfig) -> tuple[jax.Arra
 
 
 def moe(
-    params: dict[str, Any], stacks: dict[str, jax.Array], layer: jax.Array | int, m: jax.Array, config: TextConfig
+    params: dict[str, Any],
+    stacks: dict[str, jax.Array],
+    layer: jax.Array | int,
+    m: jax.Array,
+    config: TextConfig,
 ) -> jax.Array:
     """The layer's output for m [N, D].
 

@@ -8,6 +8,7 @@ Dimension letters: V vocabulary, D hidden, L layers, H query heads, G key/value 
 I index head width, E experts, F expert width; C vision hidden, M vision MLP, N vision heads, W vision head width.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -201,33 +202,26 @@ def count_params(config: KeyeConfig) -> int:
     return total
 
 
-def storage_groups(config: KeyeConfig) -> dict[str, tuple[Path, int | None]]:
-    """How weights lie on disk: one group per decoder layer and per remaining part, so that reading or writing one
-    group at a time bounds host memory (1.3 GB in the published model) and no array spans the layer stack.
+@dataclass(frozen=True)
+class StorageGroup:
+    """Arrays that are written and read together, as they lie on disk: one layer's without the layer axis."""
 
-    Returns group name → (subtree path, layer index or None).
+    layer: int | None
+    specs: dict[Path, ParamSpec]
+
+
+def storage_groups(config: KeyeConfig) -> dict[str, StorageGroup]:
+    """How weights lie on disk, by group name. No array spans the layer stack, and what a group holds bounds the host
+    memory of conversion, so a layer's two large expert arrays are groups of their own (0.8 GB the larger).
     """
-    text, vision = config.text.num_hidden_layers, config.vision.num_hidden_layers
-    return {
-        "text.embed_tokens": (("text", "embed_tokens"), None),
-        **{f"text.layers.{i}": (("text", "layers"), i) for i in range(text)},
-        "text.norm": (("text", "norm"), None),
-        "text.lm_head": (("text", "lm_head"), None),
-        "vision.patch_embedding": (("vision", "patch_embedding"), None),
-        "vision.position_embedding": (("vision", "position_embedding"), None),
-        **{f"vision.layers.{i}": (("vision", "layers"), i) for i in range(vision)},
-        "vision.post_layernorm": (("vision", "post_layernorm"), None),
-        "projector": (("projector",), None),
-    }
-
-
-def group_specs(config: KeyeConfig, group: str) -> dict[Path, ParamSpec]:
-    """Full path → spec of one group's arrays as stored (a layer's arrays without the layer axis)."""
-    prefix, layer = storage_groups(config)[group]
-    specs = {}
+    groups: dict[str, StorageGroup] = {}
     for path, spec in flatten(param_specs(config)):
-        if path[: len(prefix)] == prefix:
-            if layer is not None:
-                spec = ParamSpec(spec.shape[1:], spec.axes[1:], spec.init, spec.dtype)
-            specs[path] = spec
-    return specs
+        if not spec.stacked:
+            groups.setdefault(".".join(path[:2]), StorageGroup(None, {})).specs[path] = spec
+            continue
+        stored = dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
+        alone = f".{path[-1]}" if "expert" in spec.axes else ""
+        for layer in range(spec.shape[0]):
+            name = f"{path[0]}.{path[1]}.{layer}{alone}"
+            groups.setdefault(name, StorageGroup(layer, {})).specs[path] = stored
+    return groups

@@ -1,7 +1,7 @@
 """Reading safetensors files with numpy alone, in bounded pieces.
 
-Files are untrusted: headers are size-capped and checked entry by entry before any data is read, and data is read by
-`readinto` at the offsets found, never mapped, so that host memory follows the piece and not the file.
+Files are untrusted: headers are size-capped and checked entry by entry before any data is read, and data is
+read at the offsets found into one small buffer, never mapped, so that host memory does not follow the file.
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes
 (https://huggingface.co/docs/safetensors).
 """
@@ -50,15 +50,13 @@ class Tensor:
     file: Path
     offset: int
 
-    @property
-    def float_dtype(self) -> np.dtype:
-        """The numpy type. Raises CheckpointError for a tensor that is not F32, F16 or BF16."""
+    def check_floating(self) -> None:
+        """Raises CheckpointError for a type that `read_rows` does not read."""
         if self.dtype not in _FLOATS:
             raise CheckpointError(
                 f"tensor {self.name!r} has dtype {self.dtype}; weights must be BF16, F16 or F32, "
                 "so fetch the original (not a quantised) checkpoint"
             )
-        return np.dtype(_FLOATS[self.dtype])
 
     def read_rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Reads rows `start:stop` of the first axis, a bounded piece at a time.
@@ -69,7 +67,7 @@ class Tensor:
         Raises:
             CheckpointError: the file shrank or cannot be read.
         """
-        dtype = self.float_dtype
+        dtype = np.dtype(_FLOATS[self.dtype])
         row_bytes = dtype.itemsize * math.prod(self.shape[1:])
         rows = min(max(1, _PIECE_BYTES // row_bytes), stop - start)
         piece = np.empty((rows, *self.shape[1:]), dtype)
@@ -81,9 +79,7 @@ class Tensor:
                     _read_exactly(file, part, self)
                     yield first, part
         except OSError as error:
-            raise CheckpointError(
-                f"{self.file}: cannot read tensor {self.name!r} ({error.strerror})"
-            ) from None
+            raise CheckpointError(f"{self.file}: cannot read tensor {self.name!r} ({error.strerror})") from None
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,7 @@ def open_folder(folder: str | os.PathLike[str]) -> TensorFiles:
     elif (folder / SINGLE_FILE).exists():
         weight_map, names = None, [SINGLE_FILE]
     else:
-        raise CheckpointError(
-            f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}; is the download complete?"
-        )
+        raise CheckpointError(f"{folder} holds neither {INDEX_FILE} nor {SINGLE_FILE}; is the download complete?")
     tensors: dict[str, Tensor] = {}
     for name in names:
         if weight_map is not None and not (folder / name).exists():
@@ -126,13 +120,8 @@ def open_folder(folder: str | os.PathLike[str]) -> TensorFiles:
     return TensorFiles(tensors, digest.hexdigest())
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of one file, by name, in the order of their bytes. Raises CheckpointError for a damaged file."""
-    return _read_header(Path(path), hashlib.sha256())
-
-
 def _read_exactly(file: Any, array: np.ndarray, tensor: Tensor) -> None:
-    view = memoryview(array.view(np.uint8).reshape(-1))
+    view = memoryview(array.view(np.uint8).reshape(-1).data)
     while len(view):
         count = file.readinto(view)
         if not count:
@@ -148,15 +137,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; fetch the file again")
     for tensor, name in weight_map.items():
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or "\\" in name
-            or not name.endswith(".safetensors")
-        ):
-            raise CheckpointError(
-                f"{path}: {name!r} (for {tensor!r}) is not the name of a shard beside the index"
-            )
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name!r} (for {tensor!r}) is not the name of a shard beside the index")
     return weight_map
 
 
@@ -166,9 +148,7 @@ def _check_index(weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None
             raise CheckpointError(f"{shard} does not hold tensor {name!r}, which {INDEX_FILE} promises")
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise CheckpointError(
-                f"{tensor.file.name} holds tensor {name!r}, which {INDEX_FILE} does not list"
-            )
+            raise CheckpointError(f"{tensor.file.name} holds tensor {name!r}, which {INDEX_FILE} does not list")
 
 
 def _read_header(path: Path, digest: Any) -> dict[str, Tensor]:
@@ -212,9 +192,7 @@ def _parse_header(header: bytes, path: Path, data_bytes: int) -> dict[str, Tenso
 def _parse_entry(name: str, entry: Any, path: Path) -> tuple[Tensor, int, int]:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(
-            f"{where} must have exactly dtype, shape and data_offsets; fetch the file again"
-        )
+        raise CheckpointError(f"{where} must have exactly dtype, shape and data_offsets; fetch the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype in _FLOATS:
         item_bytes = np.dtype(_FLOATS[dtype]).itemsize
@@ -226,9 +204,7 @@ def _parse_entry(name: str, entry: Any, path: Path) -> tuple[Tensor, int, int]:
         raise CheckpointError(f"{where} has shape {shape!r}, data_offsets {offsets!r}; fetch the file again")
     begin, end = offsets
     if end - begin != math.prod(shape) * item_bytes:
-        raise CheckpointError(
-            f"{where}: {shape} of {dtype} does not take {end - begin} bytes; fetch the file again"
-        )
+        raise CheckpointError(f"{where}: {shape} of {dtype} does not take {end - begin} bytes; fetch the file again")
     return Tensor(name, dtype, tuple(shape), path, begin), begin, end
 
 

@@ -1,13 +1,13 @@
 """Choosing the next token from logits: greedy, or temperature, top-k and top-p with a seeded generator."""
 
-from typing import NamedTuple
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-class Sampling(NamedTuple):
+class Sampling(TypedDict):
     """Per-row settings; all [B]."""
 
     temperature: jax.Array  # float32; 0 is greedy
@@ -32,27 +32,27 @@ def sample(logits: jax.Array, settings: Sampling, index: jax.Array) -> jax.Array
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # Sorting a vocabulary costs more than the rest of a step: only when some row asks for it.
     return lax.cond(
-        jnp.any(settings.temperature > 0),
-        lambda: jnp.where(settings.temperature > 0, _draw(logits, settings, index), greedy),
+        jnp.any(settings["temperature"] > 0),
+        lambda: jnp.where(settings["temperature"] > 0, _draw(logits, settings, index), greedy),
         lambda: greedy,
     )
 
 
 def _draw(logits: jax.Array, settings: Sampling, index: jax.Array) -> jax.Array:
     V = logits.shape[-1]
-    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+    temperature = jnp.where(settings["temperature"] > 0, settings["temperature"], 1.0)
     order = jnp.argsort(-logits, axis=-1, stable=True)
     scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature[:, None]
     rank = jnp.arange(V, dtype=jnp.int32)
-    kept = (settings.top_k[:, None] <= 0) | (rank < settings.top_k[:, None])
+    kept = (settings["top_k"][:, None] <= 0) | (rank < settings["top_k"][:, None])
     probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
     # A token stays while those before it hold less than top_p: the first one always does.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept &= before < settings.top_p[:, None]
+    kept &= before < settings["top_p"][:, None]
 
     def gumbel(seed: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), (V,), jnp.float32)
 
-    noise = jax.vmap(gumbel)(settings.seed, index)
+    noise = jax.vmap(gumbel)(settings["seed"], index)
     choice = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1)
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

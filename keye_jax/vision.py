@@ -56,9 +56,7 @@ def patch_layout(grid_thw: jax.Array, patches: int) -> PatchLayout:
     )
 
 
-def vision_tokens(
-    params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: VisionConfig
-) -> jax.Array:
+def vision_tokens(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: VisionConfig) -> jax.Array:
     """Vision rows for the decoder.
 
     Args:
@@ -73,9 +71,7 @@ def vision_tokens(
     return project_rows(params["projector"], hidden, grid_thw, config)
 
 
-def vision_tower(
-    params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: VisionConfig
-) -> jax.Array:
+def vision_tower(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: VisionConfig) -> jax.Array:
     """Hidden states [N, C] of the patches after the last norm. Arguments as in `vision_tokens`."""
     layout = patch_layout(grid_thw, patches.shape[0])
     x = embed_patches(params, patches, layout, config)
@@ -90,9 +86,7 @@ def vision_tower(
     return layer_norm(x, post["weight"], post["bias"], config.layer_norm_eps)
 
 
-def embed_patches(
-    params: dict[str, Any], patches: jax.Array, layout: PatchLayout, config: VisionConfig
-) -> jax.Array:
+def embed_patches(params: dict[str, Any], patches: jax.Array, layout: PatchLayout, config: VisionConfig) -> jax.Array:
     """Patch embedding plus the position table interpolated at each patch: [N, C]."""
     weight = params["patch_embedding"]["weight"]
     pixels = patches.reshape(patches.shape[0], config.patch_dim).astype(weight.dtype)
@@ -142,9 +136,7 @@ def vision_block(
         return x + linear(hidden, params["fc2"])
 
 
-def project_rows(
-    params: dict[str, Any], hidden: jax.Array, grid_thw: jax.Array, config: VisionConfig
-) -> jax.Array:
+def project_rows(params: dict[str, Any], hidden: jax.Array, grid_thw: jax.Array, config: VisionConfig) -> jax.Array:
     """Merges blocks of patches and projects them: [N, C] → [N // merge ** 2, D]."""
     merge = config.spatial_merge_size
     patches = hidden.shape[0]

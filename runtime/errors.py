@@ -1,4 +1,4 @@
-"""The error that means: the user's input or options cannot be served."""
+"""The errors that command lines print as one line."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line for a person: what is wrong, with the offending value, then what to do about it.
     Command lines print it without a traceback and exit with code 2.
     """
+
+
+class GenerationError(RuntimeError):
+    """The model produced numbers that mean nothing; no answer can be trusted. Command lines exit with code 1."""

@@ -65,9 +65,7 @@ def select_ids(
     return reference.select_ids(idx_q, weights, idx_k, key_scale, layer, start, topk)
 
 
-def _check(
-    idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int
-) -> None:
+def _check(idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int) -> None:
     B, C, J, I = idx_q.shape  # noqa: E741
     if weights.shape != (B, C, J) or idx_k.shape[1] != B or idx_k.shape[3] != I:
         raise ValueError(f"idx_q {idx_q.shape}, weights {weights.shape} and idx_k {idx_k.shape} do not fit")

@@ -5,9 +5,7 @@ import jax
 from kernels_pallas.sparse_attention import reference
 
 
-def attend_bits(
-    q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array
-) -> jax.Array:
+def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array) -> jax.Array:
     """Attention of a chunk of consecutive queries (prefill).
 
     Args:

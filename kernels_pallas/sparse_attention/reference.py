@@ -13,9 +13,7 @@ from kernels_pallas.common import SoftmaxState, einsum_f32
 KEY_TILE = 512
 
 
-def attend_bits(
-    q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array
-) -> jax.Array:
+def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_bits`."""
     B, C, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]

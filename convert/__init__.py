@@ -1,0 +1,1 @@
+"""`python -m convert HF_DIR BUNDLE`: an official checkpoint becomes a bundle that `runtime` runs."""

@@ -1,0 +1,126 @@
+"""Command line of the conversion; see `convert.convert`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+_LOG_SECONDS = 5.0
+_TERMINAL_SECONDS = 0.1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    progress = _Progress()
+    try:
+        return _convert(options, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        print(
+            f"interrupted; finished groups are kept in {options.bundle}.partial, the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert a Keye-VL-2.0 checkpoint in the official Hugging Face layout (config.json, "
+        "safetensors, tokenizer) to a bundle for `python -m runtime.generate`. Needs no accelerator and no torch; "
+        "memory stays below 4 GiB for the published model.",
+        epilog="An interrupted conversion goes on where it stopped when the same command is run again. BUNDLE "
+        "appears only when it is complete. Exit codes: 0 complete, 2 bad input, 130 interrupted.",
+    )
+    parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder of the checkpoint")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--indexer-dtype",
+        choices=("fp8", "bf16", "float32"),
+        default="fp8",
+        help="in which the lightning indexer multiplies; fp8 is what the official server does (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="afterwards read checkpoint and bundle again and compare bit for bit"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _convert(options: argparse.Namespace, progress: "_Progress") -> int:
+    import jax
+
+    # Conversion computes nothing; an accelerator would only be taken from whoever uses it.
+    jax.config.update("jax_platforms", "cpu")
+    from convert.convert import convert
+    from keye_jax.errors import CheckpointError, ConfigError
+    from runtime.errors import InputError
+
+    try:
+        bundle = convert(
+            options.hf_dir,
+            options.bundle,
+            dtype=options.dtype,
+            indexer_dtype=options.indexer_dtype,
+            verify=options.verify,
+            report=progress,
+        )
+    except (InputError, ConfigError, CheckpointError, OSError) as error:
+        progress.close()
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    progress.close()
+    if bundle.tokenizer_path is None:
+        print("note: no tokenizer.json, so this bundle takes token ids and no text", file=sys.stderr)
+    size = sum(file.bytes for file in bundle.files.values())
+    print(f"{options.bundle}: {size / 1e6:,.0f} MB, {bundle.dtype}, indexer {bundle.indexer_dtype}", file=sys.stderr)
+    return 0
+
+
+class _Progress:
+    """One line on stderr with rate and remaining time: rewritten on a terminal, a line every few seconds in a log."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._started = self._printed = 0.0
+        self._total = self._first = 0
+        self._open = False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total != self._total or done < self._first:
+            self._started, self._first, self._total, self._printed = now, done, total, 0.0
+        interval = _TERMINAL_SECONDS if self._terminal else _LOG_SECONDS
+        if now - self._printed < interval and done < total:
+            return
+        self._printed = now
+        line = f"{stage} · {done / 1e6:,.0f}/{total / 1e6:,.0f} MB"
+        seconds = now - self._started
+        if done > self._first and seconds > 0:
+            rate = (done - self._first) / seconds
+            line += f" · {rate / 1e6:,.0f} MB/s"
+            if done < total:
+                line += f" · {_duration((total - done) / rate)} left"
+        print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
+        sys.stderr.flush()
+        self._open = self._terminal
+
+    def close(self) -> None:
+        """Ends the line in progress, so that other output starts on a fresh one."""
+        if self._open:
+            print(file=sys.stderr)
+            self._open = False
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

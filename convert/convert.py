@@ -1,0 +1,302 @@
+"""From a checkpoint folder to a bundle: read a storage group, write it with Orbax, record it, go on.
+
+All work happens in BUNDLE.partial, which becomes BUNDLE by one rename after its manifest is on disk. A journal there
+names the finished groups with the sha256 of their files, so that the same command resumes after an interruption.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.journal import FileEntry, Journal
+from keye_jax.checkpoint import Checkpoint, open_checkpoint, read_group, weight_dtype
+from keye_jax.config import IndexerDtype, KeyeConfig, read_config_json
+from keye_jax.params import Path as ParamPath
+from keye_jax.params import StorageGroup, storage_groups, unflatten
+from runtime.bundle import FORMAT, JOURNAL, MANIFEST, TOKENIZER, VERSION, WEIGHTS, Bundle, file_sha256, group_folder
+from runtime.errors import InputError
+from runtime.processor import ProcessorSettings
+
+Report = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes done, bytes in total)."""
+
+COPIED = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+"""Files that go into the bundle unchanged where the checkpoint has them."""
+
+_MAX_COPIED_BYTES = 64 << 20
+# A chunk is what a sharded restore has to read whole; Orbax would make it the array.
+_CHUNK_BYTES = 64 << 20
+_SPARE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked checkpoint and everything the manifest says about it besides its files."""
+
+    checkpoint: Checkpoint
+    groups: dict[str, StorageGroup]
+    dtype: np.dtype
+    copied: dict[str, bytes]
+    manifest: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        return self.manifest["source"]
+
+    @property
+    def total(self) -> int:
+        return sum(map(self.nbytes, self.groups))
+
+    def nbytes(self, group: str) -> int:
+        specs = self.groups[group].specs.values()
+        return sum(math.prod(spec.shape) * spec.as_dtype(self.dtype).itemsize for spec in specs)
+
+
+def convert(
+    hf_dir: str | os.PathLike[str],
+    bundle: str | os.PathLike[str],
+    *,
+    dtype: str = "bfloat16",
+    indexer_dtype: IndexerDtype = "fp8",
+    verify: bool = False,
+    report: Report | None = None,
+) -> Bundle:
+    """Converts a checkpoint in the official layout; resumes an interrupted conversion of the same files.
+
+    Args:
+        bundle: the folder to make. One that is already complete and made from the same files is left as it is.
+        dtype: "bfloat16" or "float32", of the weights.
+        indexer_dtype: "fp8", "bf16" or "float32", in which the lightning indexer multiplies.
+        verify: afterwards read checkpoint and bundle again and compare bit for bit.
+        report: progress.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint cannot be converted.
+        InputError: the bundle cannot be written, or the folder is something else.
+    """
+    report = report or (lambda stage, done, total: None)
+    target = Path(bundle)
+    job = _prepare(Path(hf_dir), dtype, indexer_dtype)
+    if _is_complete(target, job):
+        report(f"{target} is there already, made from the same files and options", job.total, job.total)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_bundle(target, job, report)
+    made = Bundle.open(target)
+    if verify:
+        _verify(job, made, report)
+    return made
+
+
+def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype) -> _Job:
+    raw = read_config_json(folder)
+    config = KeyeConfig.from_hf(raw, indexer_dtype=indexer_dtype)
+    checkpoint = open_checkpoint(folder, config)
+    copied = _read_copied(folder)
+    processor = ProcessorSettings.from_hf_folder(folder).to_dict()
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": raw,
+        "dtype": weight_dtype(dtype).name,
+        "indexer_dtype": indexer_dtype,
+        "processor": processor,
+    }
+    source = [about, checkpoint.fingerprint, {name: _sha256(data) for name, data in copied.items()}]
+    about["source"] = _sha256(json.dumps(source, sort_keys=True).encode())
+    return _Job(checkpoint, storage_groups(config), weight_dtype(dtype), copied, about)
+
+
+def _read_copied(folder: Path) -> dict[str, bytes]:
+    copied = {}
+    for name in COPIED:
+        path = folder / name
+        if not path.exists():
+            continue
+        if not path.is_file() or path.stat().st_size > _MAX_COPIED_BYTES:
+            raise InputError(f"{path} must be a file of at most {_MAX_COPIED_BYTES >> 20} MiB; fetch it again")
+        copied[name] = path.read_bytes()
+    return copied
+
+
+def _is_complete(target: Path, job: _Job) -> bool:
+    """True if `target` is this very bundle; False if it is free. Raises InputError if it is anything else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if not (target / MANIFEST).exists():
+        raise InputError(f"{target} exists and is not a bundle; give another name or delete it")
+    if Bundle.open(target).source != job.source:
+        raise InputError(
+            f"{target} is a bundle made from other files or with other options; give another name or delete it"
+        )
+    return True
+
+
+def _write_bundle(target: Path, job: _Job, report: Report) -> None:
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir(exist_ok=True)
+    with Journal(partial / JOURNAL, job.source) as journal:
+        _remove_unfinished(partial, journal)
+        _check_space(partial, sum(job.nbytes(name) for name in job.groups if name not in journal.groups))
+        _write_groups(partial, job, journal, report)
+        files = [entry for name in job.groups for entry in journal.groups[name]]
+        for name, data in job.copied.items():
+            _write_file(partial / name, data)
+            files.append({"path": name, "bytes": len(data), "sha256": _sha256(data)})
+        _write_file(partial / MANIFEST, json.dumps(_manifest(job, files), indent=1).encode())
+        _sync(partial)
+        os.rename(partial, target)
+        _sync(target.parent)
+        (target / JOURNAL).unlink()
+
+
+def _manifest(job: _Job, files: list[FileEntry]) -> dict[str, Any]:
+    weights = {}
+    for name, group in job.groups.items():
+        arrays = {
+            ".".join(path): {"shape": list(spec.shape), "dtype": spec.as_dtype(job.dtype).name}
+            for path, spec in group.specs.items()
+        }
+        weights[name] = {"layer": group.layer, "arrays": arrays}
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {**job.manifest, "created": created, "keye_jax": _version(), "weights": weights, "files": files}
+
+
+def _remove_unfinished(partial: Path, journal: Journal) -> None:
+    """Leaves only the journal and the groups it lists whose files are all there."""
+    for name, files in list(journal.groups.items()):
+        paths = [(partial / entry["path"], entry["bytes"]) for entry in files]
+        if not all(path.is_file() and path.stat().st_size == size for path, size in paths):
+            del journal.groups[name]
+    for path in partial.iterdir():
+        if path.is_dir() and path.name != WEIGHTS:
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != JOURNAL:
+            path.unlink()
+    weights = partial / WEIGHTS
+    weights.mkdir(exist_ok=True)
+    for path in weights.iterdir():
+        if path.name not in journal.groups:
+            shutil.rmtree(path)
+
+
+def _check_space(partial: Path, needed: int) -> None:
+    free = shutil.disk_usage(partial).free
+    if free < needed + _SPARE_BYTES:
+        raise InputError(
+            f"{partial.parent} has {free / 1e9:.1f} GB free and the bundle needs {needed / 1e9:.1f} GB more; "
+            "free some space or choose another disk"
+        )
+
+
+def _write_groups(partial: Path, job: _Job, journal: Journal, report: Report) -> None:
+    total, done = job.total, sum(map(job.nbytes, journal.groups))
+    if done:
+        report(f"resuming, {len(journal.groups)}/{len(job.groups)} groups are there", done, total)
+    writer = _OrbaxWriter()
+    for number, (name, group) in enumerate(job.groups.items(), 1):
+        if name in journal.groups:
+            continue
+        report(f"group {number}/{len(job.groups)} {name}", done, total)
+        arrays = read_group(job.checkpoint, group, job.dtype)
+        writer.save(group_folder(partial, name), arrays, group)
+        del arrays
+        journal.add(name, _sync_files(partial, group_folder(partial, name)))
+        done += job.nbytes(name)
+    report("weights written", done, total)
+
+
+class _OrbaxWriter:
+    """Writes storage groups, uncompressed (random-looking mantissas shrink by a quarter at a fifth of the speed)."""
+
+    def __init__(self) -> None:
+        import orbax.checkpoint as ocp
+
+        # It warns about chunks smaller than 1 MiB, which are right for small models.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._save_args = ocp.SaveArgs
+        self._checkpointer = ocp.PyTreeCheckpointer(use_ocdbt=True, use_compression=False)
+
+    def save(self, folder: Path, arrays: dict[ParamPath, np.ndarray], group: StorageGroup) -> None:
+        save_args = {}
+        for path, spec in group.specs.items():
+            # One chunk an expert: devices that share the experts read only their own.
+            axes = (spec.axes.index("expert"),) if "expert" in spec.axes else ()
+            save_args[path] = self._save_args(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+        try:
+            self._checkpointer.save(folder.resolve(), unflatten(arrays), save_args=unflatten(save_args))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"{folder} cannot be written ({reason}); mend that and run the command again") from error
+
+
+def _sync_files(partial: Path, folder: Path) -> list[FileEntry]:
+    """Forces a group's files to disk and describes them."""
+    entries = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        name = path.relative_to(partial).as_posix()
+        entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    for path in {Path(partial / entry["path"]).parent for entry in entries}:
+        _sync(path)
+    return entries
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _verify(job: _Job, bundle: Bundle, report: Report) -> None:
+    total = sum(file.bytes for file in bundle.files.values())
+    bundle.verify(progress=lambda done, _: report("sha256 of the files", done, total))
+    total, done = job.total, 0
+    for number, (name, group) in enumerate(job.groups.items(), 1):
+        report(f"comparing group {number}/{len(job.groups)} {name}", done, total)
+        stored = bundle.read_group(name)
+        for path, array in read_group(job.checkpoint, group, job.dtype).items():
+            if array.tobytes() != stored[".".join(path)].tobytes():
+                raise InputError(
+                    f"{bundle.path}: weights {'.'.join(path)} differ from the checkpoint in {name}; "
+                    "delete the bundle and convert again"
+                )
+        done += job.nbytes(name)
+    report("bundle and checkpoint are equal", total, total)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("keye-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

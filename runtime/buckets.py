@@ -1,0 +1,45 @@
+"""The static shapes of the compiled programs, chosen in one place. Few sizes: each is a compilation."""
+
+from runtime.errors import InputError
+
+CONTEXTS = (512, 2048, 8192, 32768, 65536, 131072, 262144)
+"""Cache capacities in tokens. A sequence starts in the smallest that holds its prompt and moves up as it grows."""
+
+CHUNKS = (64, 512)
+"""Prompt tokens per prefill step."""
+
+MAX_BATCH_PATCHES = 8192
+"""Patches per call of the vision program, unless one image alone has more."""
+
+_MIN_PATCHES = 256
+_CAPACITY_STEP = 128
+
+
+def context_limit(max_position_embeddings: int) -> int:
+    """Tokens, prompt and answer together, that one sequence may hold."""
+    return min(max_position_embeddings, CONTEXTS[-1])
+
+
+def context(tokens: int, limit: int) -> int:
+    """Cache capacity for `tokens`.
+
+    Raises:
+        InputError: more tokens than `limit`, the model's context.
+    """
+    if tokens > limit:
+        raise InputError(
+            f"{tokens} tokens do not fit the model's context of {limit}; use fewer or smaller images and frames "
+            "(--max-frames, --max-pixels), a shorter text, or a smaller --max-new-tokens"
+        )
+    whole = -(-limit // _CAPACITY_STEP) * _CAPACITY_STEP
+    return next((c for c in CONTEXTS if tokens <= c < whole), whole)
+
+
+def chunk(prompt_tokens: int) -> int:
+    """Chunk length of a prompt's prefill."""
+    return next((c for c in CHUNKS if prompt_tokens <= c), CHUNKS[-1])
+
+
+def patches(count: int) -> int:
+    """Patches the vision program is compiled for: the next power of two."""
+    return max(_MIN_PATCHES, 1 << (count - 1).bit_length())
