@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -67,8 +66,7 @@ class _Job:
         return sum(map(self.nbytes, self.groups))
 
     def nbytes(self, group: str) -> int:
-        specs = self.groups[group].specs.values()
-        return sum(math.prod(spec.shape) * spec.as_dtype(self.dtype).itemsize for spec in specs)
+        return sum(spec.nbytes(self.dtype) for spec in self.groups[group].specs.values())
 
 
 def convert(
@@ -146,7 +144,8 @@ def _is_complete(target: Path, job: _Job) -> bool:
         raise InputError(f"{target} exists and is not a bundle; give another name or delete it")
     if Bundle.open(target).source != job.source:
         raise InputError(
-            f"{target} is a bundle made from other files or with other options; give another name or delete it"
+            f"{target} is a bundle made from other files, with other options or by another version; "
+            "give another name or delete it"
         )
     return True
 
@@ -282,7 +281,8 @@ def _verify(job: _Job, bundle: Bundle, report: Report) -> None:
         report(f"comparing group {number}/{len(job.groups)} {name}", done, total)
         stored = bundle.read_group(name)
         for path, array in read_group(job.checkpoint, group, job.dtype).items():
-            if array.tobytes() != stored[".".join(path)].tobytes():
+            bits = f"u{array.dtype.itemsize}"
+            if not np.array_equal(array.view(bits), stored[".".join(path)].view(bits)):
                 raise InputError(
                     f"{bundle.path}: weights {'.'.join(path)} differ from the checkpoint in {name}; "
                     "delete the bundle and convert again"

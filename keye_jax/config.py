@@ -7,6 +7,7 @@ model that silently answers wrong.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,6 +140,15 @@ class KeyeConfig:
     vision: VisionConfig
     image_token_id: int
     video_token_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("image_token_id", "video_token_id"):
+            if not 0 <= getattr(self, name) < self.text.vocab_size:
+                raise ConfigError(
+                    f"config.json: {name}={getattr(self, name)} is no token of vocab_size={self.text.vocab_size}"
+                )
+        if self.image_token_id == self.video_token_id:
+            raise ConfigError(f"config.json: image_token_id and video_token_id are both {self.image_token_id}")
 
     @classmethod
     def from_hf(
@@ -450,3 +460,5 @@ def _require_positive(config: TextConfig | SparseConfig | VisionConfig, where: s
         value = getattr(config, field.name)
         if type(value) is int and not 0 < value <= _MAX_SIZE:
             raise ConfigError(f"{where}: {field.name}={value} must be between 1 and {_MAX_SIZE}")
+        if type(value) is float and not 0 < value < math.inf:
+            raise ConfigError(f"{where}: {field.name}={value} must be a positive number")

@@ -9,6 +9,7 @@ I index head width, E experts, F expert width; C vision hidden, M vision MLP, N 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,9 @@ class ParamSpec:
 
     def as_dtype(self, model_dtype: Any) -> Any:
         return jnp.dtype(self.dtype or model_dtype)
+
+    def nbytes(self, model_dtype: Any) -> int:
+        return math.prod(self.shape) * self.as_dtype(model_dtype).itemsize
 
 
 def param_specs(config: KeyeConfig) -> dict[str, Any]:
@@ -193,13 +197,7 @@ def init_params(config: KeyeConfig, key: jax.Array, dtype: Any = jnp.float32) ->
 
 def count_params(config: KeyeConfig) -> int:
     """Number of weights the forward pass uses (the published 31,122,082,160 less the unused packing table)."""
-    total = 0
-    for _, spec in flatten(param_specs(config)):
-        size = 1
-        for extent in spec.shape:
-            size *= extent
-        total += size
-    return total
+    return sum(math.prod(spec.shape) for _, spec in flatten(param_specs(config)))
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ _MAX_RANK = 8
 _PIECE_BYTES = 16 << 20
 
 _FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Sizes of the other documented types: legal in a file, but no weight of this model.
-_OTHER_ITEM_BYTES = {
+_ITEM_BYTES = {
+    **{name: np.dtype(kind).itemsize for name, kind in _FLOATS.items()},
+    # The other documented types: legal in a file, but no weight of this model.
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16"), 2),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -49,6 +50,10 @@ class Tensor:
     shape: tuple[int, ...]
     file: Path
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def check_floating(self) -> None:
         """Raises CheckpointError for a type that `read_rows` does not read."""
@@ -172,40 +177,35 @@ def _parse_header(header: bytes, path: Path, data_bytes: int) -> dict[str, Tenso
     entries = _parse_json(header, path)
     entries.pop("__metadata__", None)
     data_start = 8 + len(header)
-    spans: list[tuple[int, int, Tensor]] = []
-    for name, entry in entries.items():
-        tensor, begin, end = _parse_entry(name, entry, path)
-        spans.append((begin, end, Tensor(name, tensor.dtype, tensor.shape, path, data_start + begin)))
-    spans.sort(key=lambda span: span[:2])
-    position = 0
-    for begin, end, tensor in spans:
-        if begin != position:
-            what = "overlaps the one before it" if begin < position else "follows a hole"
+    tensors = [_parse_entry(name, entry, path, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    position = data_start
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps the one before it" if tensor.offset < position else "follows a hole"
             raise CheckpointError(f"{path}: tensor {tensor.name!r} {what}; fetch the file again")
-        position = end
-    if position != data_bytes:
-        what = "truncated" if position > data_bytes else "longer than its header says"
-        raise CheckpointError(f"{path} is {what} ({data_bytes} bytes of {position}); fetch it again")
-    return {tensor.name: tensor for _, _, tensor in spans}
+        position += tensor.nbytes
+    if position != data_start + data_bytes:
+        what = "truncated" if position > data_start + data_bytes else "longer than its header says"
+        raise CheckpointError(f"{path} is {what}: {data_bytes} bytes of {position - data_start}; fetch it again")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _parse_entry(name: str, entry: Any, path: Path) -> tuple[Tensor, int, int]:
+def _parse_entry(name: str, entry: Any, path: Path, data_start: int) -> Tensor:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} must have exactly dtype, shape and data_offsets; fetch the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype in _FLOATS:
-        item_bytes = np.dtype(_FLOATS[dtype]).itemsize
-    elif isinstance(dtype, str) and dtype in _OTHER_ITEM_BYTES:
-        item_bytes = _OTHER_ITEM_BYTES[dtype]
-    else:
-        raise CheckpointError(f"{where} has dtype {dtype!r}, which safetensors does not define")
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{where} has dtype {dtype!r:.40}, which safetensors does not define")
     if not _are_counts(shape) or len(shape) > _MAX_RANK or not _are_counts(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where} has shape {shape!r}, data_offsets {offsets!r}; fetch the file again")
-    begin, end = offsets
-    if end - begin != math.prod(shape) * item_bytes:
-        raise CheckpointError(f"{where}: {shape} of {dtype} does not take {end - begin} bytes; fetch the file again")
-    return Tensor(name, dtype, tuple(shape), path, begin), begin, end
+        raise CheckpointError(f"{where}: bad shape {shape!r:.80} or data_offsets {offsets!r:.80}; fetch the file again")
+    tensor = Tensor(name, dtype, tuple(shape), path, data_start + offsets[0])
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise CheckpointError(
+            f"{where}: {shape} of {dtype} does not take {offsets[1] - offsets[0]} bytes; fetch the file again"
+        )
+    return tensor
 
 
 def _are_counts(values: Any) -> bool:

@@ -93,9 +93,9 @@ def _run(args: argparse.Namespace) -> int:
     engine = Engine.open(args.bundle, progress=progress)
     prompt = _prepare(engine, args)
     progress.close()
+    generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))
     for warning in prompt.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))
     interrupted = False
     try:
         _stream(generation, progress, quiet=args.json)
@@ -191,6 +191,8 @@ def _print_summary(result: "Result") -> None:
     if result.text is None:
         print("no tokenizer in this bundle, so no text; token ids:")
         print(",".join(map(str, result.token_ids)))
+    elif not result.text and result.finish_reason == "length":
+        print("(no answer yet: all new tokens went into thinking; raise --max-new-tokens)", file=sys.stderr)
     for call in result.tool_calls:
         print(json.dumps({"tool_call": {"name": call.name, "arguments": call.arguments}}, ensure_ascii=False))
     new, seconds = len(result.token_ids), result.timings["decode_s"]

@@ -169,12 +169,20 @@ class Processor:
         # Options are checked for all items before the first is decoded.
         images, videos = image_options or ImageOptions(), video_options or VideoOptions()
         options = [replace(images if item.kind == "image" else videos, **item.options) for item in items]
-        return tuple(
-            self._load_image(item, chosen, report)
-            if isinstance(chosen, ImageOptions)
-            else self._load_video(item, chosen, report)
-            for item, chosen in zip(items, options, strict=True)
-        )
+        loaded: list[Media] = []
+        tokens, limit = 0, self.settings.max_position_embeddings
+        for item, chosen in zip(items, options, strict=True):
+            is_image = isinstance(chosen, ImageOptions)
+            media = self._load_image(item, chosen, report) if is_image else self._load_video(item, chosen, report)
+            tokens += len(media.frames) * self._tokens_per_frame(media)
+            # Not left to the engine: frames of a hundred items may not fit memory before they exceed the context.
+            if tokens > limit:
+                raise InputError(
+                    f"images and videos up to {item.label!r} need {tokens} tokens, more than the context of {limit}; "
+                    "leave some out or lower max_pixels or max_frames"
+                )
+            loaded.append(media)
+        return tuple(loaded)
 
     def _load_image(self, item: MediaItem, options: ImageOptions, report: Progress) -> Media:
         report(f"reading {item.label}", 0, 0)
@@ -192,7 +200,14 @@ class Processor:
         return Media("video", video.frames, video.timestamps, item.label, grid, video.warnings)
 
     def _grid(self, frame: np.ndarray) -> tuple[int, int]:
-        return frame.shape[0] // self.settings.patch_size, frame.shape[1] // self.settings.patch_size
+        height, width = frame.shape[:2]
+        patch, merge = self.settings.patch_size, self.settings.merge_size
+        if height % (patch * merge) or width % (patch * merge):
+            raise InputError(f"a checkpoint with patch_size {patch} and spatial_merge_size {merge} takes no media yet")
+        return height // patch, width // patch
+
+    def _tokens_per_frame(self, media: Media) -> int:
+        return media.grid[0] * media.grid[1] // self.settings.merge_size**2
 
     def _token_ids(self, segments: Sequence[Segment], media: Sequence[Media]) -> list[int]:
         """Encode: text between two control tokens as one run, as if the whole prompt were encoded at once."""
@@ -220,7 +235,7 @@ class Processor:
                 yield from self._pads(next(loaded))
 
     def _pads(self, media: Media) -> Iterator[str | list[int]]:
-        count = media.grid[0] * media.grid[1] // self.settings.merge_size**2
+        count = self._tokens_per_frame(media)
         if media.kind == "image":
             yield [self.settings.image_token_id] * count
             return
@@ -253,10 +268,10 @@ class Processor:
         kinds: dict[int, Kind] = {self.settings.image_token_id: "image", self.settings.video_token_id: "video"}
         pads = tokens[np.isin(tokens, list(kinds))]
         start = 0
-        for m in media:
+        for k, m in enumerate(media):
             if kinds[int(pads[start])] != m.kind:
-                raise InputError(f"{m.label!r} is a {m.kind}, but its pad tokens are for another kind; mend the ids")
-            start += len(m.frames) * m.grid[0] * m.grid[1] // self.settings.merge_size**2
+                raise InputError(f"{m.label!r} (item {k}) is of kind {m.kind}, but its pad tokens are for another kind")
+            start += len(m.frames) * self._tokens_per_frame(m)
 
     def _opens_thinking(self, tokens: np.ndarray) -> bool:
         if self.tokenizer is None:

@@ -59,6 +59,7 @@ class ProcessorSettings:
     vocab_size: int
     stop_ids: tuple[int, ...] = ()
     """Any of these ends a turn: generation_config.json, config.json, `<|im_end|>` and `<|endoftext|>` together."""
+    max_position_embeddings: int = 262_144
     patch_size: int = 14
     merge_size: int = 2
     image_mean: tuple[float, ...] = _HALF
@@ -84,6 +85,7 @@ class ProcessorSettings:
             _whole(values, name, _ORIGIN, 0, self.vocab_size - 1)
         for index in self.stop_ids:
             _whole({"stop_ids": index}, "stop_ids", _ORIGIN, 0, self.vocab_size - 1)
+        _whole(values, "max_position_embeddings", _ORIGIN, 1, 2**31)
         _whole(values, "patch_size", _ORIGIN, 1, 1024)
         _whole(values, "merge_size", _ORIGIN, 1, 16)
         for name in ("image_mean", "image_std", "video_mean", "video_std"):
@@ -116,6 +118,7 @@ class ProcessorSettings:
             video_token_id=_whole(config, "video_token_id", "config.json", 0, vocab_size - 1),
             vocab_size=vocab_size,
             stop_ids=_stop_ids(config, generation or {}, tokenizer, vocab_size),
+            max_position_embeddings=_whole(config, "max_position_embeddings", "config.json", 1, 2**31, default=262_144),
             patch_size=_whole(vision, "patch_size", "config.json vision_config", 1, 1024, default=14),
             merge_size=_whole(vision, "spatial_merge_size", "config.json vision_config", 1, 16, default=2),
             image_mean=_channels(image, "image_mean"),

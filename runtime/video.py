@@ -41,7 +41,7 @@ class FrameList:
 
     `fps` is the rate at which the images were taken. Where it is None the option `fps` is, as in the official
     server. All images are used up to the budget; together with `fps` or `timestamps` here, a lower option `fps`
-    thins them out.
+    thins them out. The options `timestamps` and `time_limit` concern files only.
     """
 
     images: Sequence[ImageSource]
@@ -111,18 +111,22 @@ def load_video(source: VideoSource, options: VideoOptions | None = None, *, prog
         return _load_list(source, options, progress)
     with _open(source, options) as process:
         probe = process.probe()
-        plan = _plan_file(probe, options, describe_video(source))
-        height, width = plan.size
-        frames = np.empty((len(plan.indices), height, width, 3), np.uint8)
-        slots: list[int] = []
-        pts: list[int | None] = []
-        for slot, shown, picture in process.frames(probe, plan.indices, height, width, options.resample):
-            frames[len(slots)] = picture
-            slots.append(slot)
-            pts.append(shown)
+        plan, times = _plan_file(probe, options, describe_video(source))
+        planned, (height, width) = len(plan.indices), plan.size
+        frames = np.empty((planned, height, width, 3), np.uint8)
+        numbers: list[int] = []
+        for slot, number, picture in process.frames(probe, plan.indices, height, width, options.resample):
+            frames[len(numbers)] = picture
+            numbers.append(number)
             if progress:
-                progress(slot + 1, len(plan.indices))
-    return _finish(source, options, probe, plan, frames[: len(slots)], slots, pts)
+                progress(slot + 1, planned)
+    label, warnings = describe_video(source), plan.warnings
+    if not numbers:
+        raise InputError(f"{label}: none of {planned} planned frames can be decoded; the file is damaged")
+    if len(numbers) < planned:
+        lost = planned - len(numbers)
+        warnings += (f"{lost} of {planned} frames of {label} could not be decoded; the file is damaged",)
+    return Video(frames[: len(numbers)], times[numbers], plan, warnings)
 
 
 def plan_video(source: VideoSource, options: VideoOptions | None = None) -> VideoPlan:
@@ -131,7 +135,7 @@ def plan_video(source: VideoSource, options: VideoOptions | None = None) -> Vide
     if isinstance(source, FrameList):
         return _plan_list(source, options)[0]
     with _open(source, options) as process:
-        return _plan_file(process.probe(), options, describe_video(source))
+        return _plan_file(process.probe(), options, describe_video(source))[0]
 
 
 def describe_video(source: VideoSource) -> str:
@@ -151,25 +155,29 @@ def _open(source: str | os.PathLike[str] | bytes, options: VideoOptions) -> Vide
     return VideoProcess(os.path.abspath(os.fsdecode(source)), label, options.time_limit)
 
 
-def _plan_file(probe: Probe, options: VideoOptions, label: str) -> VideoPlan:
+def _plan_file(probe: Probe, options: VideoOptions, label: str) -> tuple[VideoPlan, np.ndarray]:
+    """The plan, and the timestamps of all frames of the file: float32 [N], seconds."""
     nominal = float(probe.average_rate) if probe.average_rate else None
     warnings = []
-    if probe.absent:
-        warnings.append(f"{label} declares {probe.absent} more frames than it holds; it seems to be cut short")
     if len(probe.pts):
         times = (probe.pts - probe.pts[0]) * float(probe.time_base)
-        timeline = _Timeline(times, probe.count, _rate(times, nominal))
     elif nominal:
-        warnings.append(f"{label} does not say when its frames are shown; times follow from {nominal:g} fps")
-        timeline = _Timeline(np.arange(probe.count) / nominal, probe.count, nominal)
+        times = np.arange(probe.count) / nominal
+        if probe.container != "avi":  # which has no other times
+            warnings.append(f"{label} does not say when frames are shown; assuming {nominal:g} a second")
     else:
         raise InputError(f"{label} states neither frame times nor a frame rate; convert it to mp4")
+    timeline = _Timeline(times, probe.count, _rate(times, nominal))
+    ends = times[-1] + 1 / timeline.fps
+    if probe.duration > ends * 1.05 + 1:  # a little more sound than picture is usual
+        warnings.append(f"{label} declares {probe.duration:.1f} s but its pictures end at {ends:.1f} s; cut short?")
     size = (probe.height, probe.width)
     plan = _plan(timeline, size, size, options, options.fps, label, warnings)
+    stamps = times.astype(np.float32)
     if options.timestamps == "avg-fps":
         # torchcodec's arithmetic: one float32 division.
-        plan = replace(plan, timestamps=plan.indices.astype(np.float32) / np.float32(plan.fps))
-    return plan
+        stamps = np.arange(probe.count, dtype=np.float32) / np.float32(timeline.fps)
+    return replace(plan, timestamps=stamps[plan.indices]), stamps
 
 
 def _plan(
@@ -239,30 +247,6 @@ def _kept(timeline: _Timeline, options: VideoOptions, label: str) -> tuple[int, 
         lasts = timeline.count / timeline.fps
         raise InputError(f"{label} shows no frame from {start:g} s to {until}; it lasts {lasts:.2f} s")
     return first, last
-
-
-def _finish(
-    source: VideoSource,
-    options: VideoOptions,
-    probe: Probe,
-    plan: VideoPlan,
-    frames: np.ndarray,
-    slots: list[int],
-    pts: list[int | None],
-) -> Video:
-    label, planned = describe_video(source), len(plan.indices)
-    if not slots:
-        raise InputError(f"{label}: none of {planned} planned frames can be decoded; the file is damaged")
-    warnings = plan.warnings
-    if len(slots) < planned:
-        lost = planned - len(slots)
-        warnings += (f"{lost} of {planned} frames of {label} could not be decoded; the file is damaged",)
-    if options.timestamps == "pts" and len(probe.pts):
-        timestamps = ((np.array(pts) - probe.pts[0]) * float(probe.time_base)).astype(np.float32)
-    else:
-        assert plan.timestamps is not None  # every file has times or a rate
-        timestamps = plan.timestamps[slots]
-    return Video(frames, timestamps, plan, warnings)
 
 
 def _plan_list(source: FrameList, options: VideoOptions) -> tuple[VideoPlan, tuple[int, int]]:

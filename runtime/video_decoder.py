@@ -9,7 +9,7 @@ object and a raw payload; nothing is pickled.
   parent: {"path"} or {"path": null} with the file as payload
   child:  {"kind": "probe", ...} with the presentation times (int64) of all frames, ascending, as payload
   parent: {"height", "width", "resample", "cpu_seconds"} with ascending frame numbers (int64) as payload
-  child:  {"kind": "frame", "slot", "pts"} with uint8 [height, width, 3] as payload, ...; {"kind": "done"}
+  child:  {"kind": "frame", "slot", "number"} with uint8 [height, width, 3] as payload, ...; {"kind": "done"}
 The child may say {"kind": "error", "message"} instead of any reply.
 """
 
@@ -32,6 +32,8 @@ MAX_FRAME_PIXELS = 8192 * 4352
 """Pixels of a decoded frame, before resizing: 8K."""
 MAX_PACKETS = 2**22
 """Frames of a file: 38 hours at 30 a second."""
+ADDRESS_SPACE = 8 * 2**30
+"""Bytes a child may map: a backstop for decoders gone wild, far above what 8K video takes."""
 MAX_CPU_SECONDS = 24 * 3600
 PROBE_CPU_SECONDS = 600
 MAX_THREADS = 8
@@ -55,11 +57,17 @@ def send(stream: IO[bytes], header: dict[str, Any], payload: bytes | memoryview 
 
 
 def receive_header(stream: IO[bytes]) -> tuple[dict[str, Any], int]:
-    """The next message's header and the length of its payload. Raises EOFError when the other side is gone."""
+    """The next message's header and the length of its payload.
+
+    Raises EOFError when the other side is gone and ValueError for what is no message.
+    """
     header_bytes, payload_bytes = _LENGTHS.unpack(receive_payload(stream, _LENGTHS.size))
     if header_bytes > _MAX_HEADER:
-        raise EOFError(f"a header of {header_bytes} bytes")
-    return json.loads(receive_payload(stream, header_bytes)), payload_bytes
+        raise ValueError(f"a header of {header_bytes} bytes")
+    header = json.loads(receive_payload(stream, header_bytes))
+    if not isinstance(header, dict):
+        raise ValueError("a header that is no object")
+    return header, payload_bytes
 
 
 def receive_payload(stream: IO[bytes], size: int) -> bytes:
@@ -78,9 +86,7 @@ class Index:
     pts: array.array
     """Presentation times in time_base units, strictly ascending; empty where the container has no usable ones."""
     keys: list[tuple[int, int]]
-    """(frame number, where to seek to) of every keyframe, ascending."""
-    stored: int
-    """Packets found, those that an edit list hides included."""
+    """(frame number, decode time) of every keyframe, ascending."""
 
 
 class Reader:
@@ -109,6 +115,16 @@ class Reader:
         self.stream.codec_context.thread_type = "AUTO"
         self.stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
 
+    @property
+    def format(self) -> str:
+        """The demuxer's name."""
+        return self._container.format.name
+
+    @property
+    def duration(self) -> float:
+        """Seconds that the container declares; 0 where it does not say."""
+        return (self._container.duration or 0) / 1e6
+
     def packets(self) -> Iterator[Any]:
         """Data packets in file order. A damaged container ends early instead of raising."""
         from av.error import FFmpegError
@@ -127,7 +143,7 @@ class Reader:
             yield from self.stream.codec_context.decode(None)
 
     def seek(self, position: int) -> Iterator[Any]:
-        """Frames from the last keyframe at or before `position` (time_base units of the packet order)."""
+        """Frames from the last keyframe at or before `position` (time_base units)."""
         from av.error import FFmpegError
 
         with contextlib.suppress(FFmpegError):
@@ -144,55 +160,82 @@ def scan(reader: Reader) -> Index:
     """Read all packets, decoding none, and put them in presentation order."""
     times: list[int | None] = []
     keys: list[tuple[int, int]] = []
-    stored = 0
     for packet in reader.packets():
-        stored += 1
-        if stored > MAX_PACKETS:
+        if len(times) == MAX_PACKETS:
             raise UnreadableVideo(f"it has more than {MAX_PACKETS} frames; cut it into pieces")
-        if packet.is_discard:
+        if packet.is_discard:  # hidden by an edit list
             continue
         times.append(packet.pts)
         if packet.is_keyframe and packet.pts is not None:
-            # Demuxers look up decode times; with the earlier of both, a seek never lands behind the keyframe.
-            keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
+            keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
     known = sorted(t for t in times if t is not None)
-    if len(known) < len(times) or any(a == b for a, b in itertools.pairwise(known)):
-        return Index(len(times), array.array("q"), [], stored)
-    ordered = [(bisect.bisect_left(known, pts), position) for pts, position in sorted(keys)]
-    return Index(len(times), array.array("q", known), ordered, stored)
+    # AVI numbers its packets in decoding order; the times that FFmpeg makes of that are wrong for reordered frames.
+    timed = reader.format != "avi" and len(known) == len(times)
+    if not timed or any(a == b for a, b in itertools.pairwise(known)):
+        return Index(len(times), array.array("q"), [])
+    ordered = [(bisect.bisect_left(known, pts), dts) for pts, dts in sorted(keys)]
+    return Index(len(times), array.array("q", known), ordered)
 
 
-def pick(open_reader: Callable[[], Reader], index: Index, numbers: array.array) -> Iterator[tuple[int, Any]]:
-    """Yield (slot, frame) for the wanted frame numbers, in order, seeking where that skips enough.
+class Frames:
+    """Decoded frames with their numbers, seeking to keyframes as far as the container does that exactly."""
+
+    def __init__(self, open_reader: Callable[[], Reader], index: Index) -> None:
+        self._open_reader = open_reader
+        self._index = index
+        self._key_numbers = [number for number, _ in index.keys]
+        self._seek_by_decode_time = False
+        self._restart()
+
+    def _restart(self) -> None:
+        self._reader = self._open_reader()
+        self._frames = self._reader.frames()
+        self._position = -1
+
+    def next_towards(self, number: int) -> tuple[int, Any] | None:
+        """(number, frame) of the following frame, or of a later keyframe at or before frame `number`."""
+        key = bisect.bisect_right(self._key_numbers, number) - 1
+        if key >= 0 and self._key_numbers[key] > self._position + SEEK_GAIN:
+            frame = self._seek(key)
+        else:
+            frame = next(self._frames, None)
+        if frame is None:
+            return None
+        if len(self._index.pts) == 0 or frame.pts is None:
+            self._position += 1
+        else:
+            self._position = bisect.bisect_left(self._index.pts, frame.pts)
+        return min(self._position, self._index.count - 1), frame
+
+    def _seek(self, key: int) -> Any:
+        number, decode_time = self._index.keys[key]
+        shown = self._index.pts[number]
+        while True:
+            self._frames = self._reader.seek(decode_time if self._seek_by_decode_time else shown)
+            frame = next(self._frames, None)
+            if frame is not None and frame.pts == shown:
+                return frame
+            if self._seek_by_decode_time:
+                # Not exact by either time: from here on decode everything, from the start.
+                self._key_numbers = []
+                self._restart()
+                return next(self._frames, None)
+            self._seek_by_decode_time = True
+
+
+def pick(open_reader: Callable[[], Reader], index: Index, numbers: array.array) -> Iterator[tuple[int, int, Any]]:
+    """Yield (slot, number, frame) for the wanted frame numbers, in order, seeking where that skips enough.
 
     A frame that never comes out of the decoder (damaged, or hidden by the codec) is replaced by the next one, unless
     that one is wanted for a later slot; then its slot is left out.
     """
-    timed = len(index.pts) > 0
-    targets = [index.pts[number] for number in numbers] if timed else list(numbers)
-    key_numbers = [number for number, _ in index.keys]
-    reader = open_reader()
-    frames, position, slot = enumerate(reader.frames()), -1, 0
-    while slot < len(targets):
-        key = bisect.bisect_right(key_numbers, numbers[slot]) - 1
-        sought = key >= 0 and key_numbers[key] > position + SEEK_GAIN
-        if sought:
-            frames = enumerate(reader.seek(index.keys[key][1]))
-        count, frame = next(frames, (0, None))
-        if sought and (frame is None or frame.pts is None or frame.pts > index.pts[key_numbers[key]]):
-            # The container cannot seek exactly: decode everything once instead, from the start.
-            key_numbers, reader = [], open_reader()
-            frames = enumerate(reader.frames())
-            continue
-        if frame is None:
-            return
-        now = frame.pts if timed else count
-        if now is None:
-            continue
-        position = bisect.bisect_left(index.pts, now) if timed else count
-        while slot < len(targets) and targets[slot] <= now:
-            if targets[slot] == now or slot + 1 == len(targets) or targets[slot + 1] > now:
-                yield slot, frame
+    frames, slot = Frames(open_reader, index), 0
+    while slot < len(numbers) and (found := frames.next_towards(numbers[slot])):
+        position, frame = found
+        while slot < len(numbers) and numbers[slot] <= position:
+            last = slot + 1 == len(numbers)
+            if numbers[slot] == position or last or numbers[slot + 1] > position:
+                yield slot, position, frame
             slot += 1
 
 
@@ -200,38 +243,47 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """One conversation, as described at the top."""
     file, size = receive_header(requests)
     held = receive_payload(requests, size)
-    set_limit("AS", 8 * 2**30 + 2 * len(held))
+    set_limit("AS", ADDRESS_SPACE + 2 * len(held))
     set_limit("CPU", PROBE_CPU_SECONDS)
 
     def open_reader() -> Reader:
         return Reader(io.BytesIO(held) if file["path"] is None else _open_unnamed(file["path"]))
 
-    from av.error import FFmpegError
-
-    try:
-        first = open_reader()
-        index = scan(first)
+    with _explained():
+        reader = open_reader()
+        index = scan(reader)
         if index.count == 0:
             raise UnreadableVideo("its video stream has no frames")
         frame = next(open_reader().frames(), None)
         if frame is None:
-            raise UnreadableVideo("none of its frames can be decoded; the file is damaged")
-    except PermissionError as error:
-        raise UnreadableVideo("it is a playlist or refers to other files; give the video itself") from error
-    except FFmpegError as error:
-        kinds = "mp4, mov, mkv, webm, avi, mpegts or gif"
-        raise UnreadableVideo(f"it is not a readable {kinds} file ({error.strerror})") from error
+            raise UnreadableVideo(
+                f"none of its frames can be decoded; they are damaged or have more than {MAX_FRAME_PIXELS} pixels"
+            )
     turn = round(-frame.rotation / 90) % 4
-    send(replies, _probe_header(first, index, frame, turn), memoryview(index.pts).cast("B"))
+    send(replies, _probe_header(reader, index, frame, turn), memoryview(index.pts).cast("B"))
 
     plan, size = receive_header(requests)
     numbers = array.array("q", receive_payload(requests, size))
     set_limit("CPU", plan["cpu_seconds"])
     _exit_with_parent(requests)
-    for slot, frame in pick(open_reader, index, numbers):
-        picture = render(frame, turn, plan["height"], plan["width"], plan["resample"])
-        send(replies, {"kind": "frame", "slot": slot, "pts": frame.pts}, picture)
+    with _explained():
+        for slot, number, frame in pick(open_reader, index, numbers):
+            picture = render(frame, turn, plan["height"], plan["width"], plan["resample"])
+            send(replies, {"kind": "frame", "slot": slot, "number": number}, picture)
     send(replies, {"kind": "done"})
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except PermissionError as error:
+        raise UnreadableVideo("it is a playlist or refers to other files; give the video itself") from error
+    except FFmpegError as error:
+        kinds = "mp4, mov, mkv, webm, avi, mpegts or gif"
+        raise UnreadableVideo(f"it is not a readable {kinds} file ({error.strerror})") from error
 
 
 def render(frame: Any, turn: int, height: int, width: int, resample: str) -> bytes:
@@ -239,7 +291,10 @@ def render(frame: Any, turn: int, height: int, width: int, resample: str) -> byt
     from PIL import Image
 
     quarters = {1: Image.Transpose.ROTATE_270, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_90}
-    picture = frame.to_image()
+    plane = frame.reformat(format="rgb24").planes[0]
+    # Not frame.to_image(): it copies row by row in Python and takes ten times as long as decoding.
+    size = (frame.width, frame.height)
+    picture = Image.frombytes("RGB", size, memoryview(plane), "raw", "RGB", plane.line_size, 1)
     if turn:
         picture = picture.transpose(quarters[turn])
     return picture.resize((width, height), Image.Resampling[resample.upper()]).tobytes()
@@ -252,8 +307,9 @@ def _probe_header(reader: Reader, index: Index, frame: Any, turn: int) -> dict[s
         "kind": "probe",
         "width": width,
         "height": height,
+        "container": reader.format,
         "count": index.count,
-        "absent": max(0, reader.stream.frames - index.stored),
+        "duration": reader.duration,
         "time_base": [base.numerator, base.denominator] if base else [1, 1],
         "average_rate": [rate.numerator, rate.denominator] if rate else None,
     }

@@ -45,13 +45,36 @@ class Probe:
     height: int
     """As displayed: after rotation."""
     width: int
+    container: str
+    """FFmpeg's name of the file format."""
     count: int
-    absent: int
-    """Frames that the container's header declares but the file does not hold."""
+    duration: float
+    """Seconds that the container declares, of sound or picture; 0 where it does not say."""
     pts: np.ndarray
     """int64 [count], ascending, in time_base seconds; empty where the container has no usable times."""
     time_base: Fraction
     average_rate: Fraction | None
+
+
+def _checked_probe(header: dict[str, Any], payload: bytes) -> Probe:
+    # The child read hostile bytes: what it says is checked like any other input.
+    rate = header["average_rate"]
+    probe = Probe(
+        height=int(header["height"]),
+        width=int(header["width"]),
+        container=str(header["container"]),
+        count=int(header["count"]),
+        duration=float(header["duration"]),
+        pts=np.frombuffer(payload, np.int64),
+        time_base=Fraction(*header["time_base"]),
+        average_rate=Fraction(*rate) if rate else None,
+    )
+    sized = min(probe.height, probe.width) > 0 and probe.height * probe.width <= MAX_FRAME_PIXELS
+    counted = 1 <= probe.count <= MAX_PACKETS and len(probe.pts) in (0, probe.count)
+    timed = probe.time_base > 0 and bool((probe.pts[1:] > probe.pts[:-1]).all())
+    if not (sized and counted and timed and (probe.average_rate is None or probe.average_rate > 0)):
+        raise ValueError("out of range")
+    return probe
 
 
 class VideoProcess:
@@ -95,40 +118,25 @@ class VideoProcess:
     def probe(self) -> Probe:
         """Index the file. Raises InputError when it is not a video that can be served."""
         path, held = (self._source, b"") if isinstance(self._source, str) else (None, self._source)
-        size = os.path.getsize(path) if path else len(held)
-        with self._watched(START_SECONDS + size / SLOWEST_BYTES):
+        with self._watched(self._reading_seconds()):
             self._send({"path": path}, held)
             header, payload = self._receive("probe", 8 * MAX_PACKETS)
-        pts = np.frombuffer(payload, np.int64)
-        height, width, count = (int(header[name]) for name in ("height", "width", "count"))
-        if not 0 < height * width <= MAX_FRAME_PIXELS or len(pts) not in (0, count) or count < 1:
-            raise self._failure(f"it declares {count} frames of {width}x{height} pixels")
-        rate = header["average_rate"]
-        return Probe(
-            height=height,
-            width=width,
-            count=count,
-            absent=int(header["absent"]),
-            pts=pts,
-            time_base=Fraction(*header["time_base"]),
-            average_rate=Fraction(*rate) if rate else None,
-        )
+        try:
+            return _checked_probe(header, payload)
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            raise self._failure("the decoder found no sensible size, times or rate in it") from None
 
     def frames(
         self, probe: Probe, numbers: np.ndarray, height: int, width: int, resample: str
-    ) -> Iterator[tuple[int, int | None, np.ndarray]]:
-        """Decode the frames `numbers` (ascending): yields (position in `numbers`, pts, uint8 [height,width,3]).
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Decode the frames `numbers` (ascending): yields (position in `numbers`, number, uint8 [height,width,3]).
 
-        Frames that cannot be decoded are left out. Raises InputError when the child dies or takes too long.
+        A frame that cannot be decoded is replaced by the next, whose number is given, or left out where that is
+        asked for too. Raises InputError when the child dies or takes too long.
         """
         work = probe.count * probe.height * probe.width / SLOWEST_PIXELS
-        seconds = min(START_SECONDS + work, MAX_CPU_SECONDS)
-        request = {
-            "height": height,
-            "width": width,
-            "resample": resample,
-            "cpu_seconds": int(seconds) + 1,
-        }
+        seconds = min(self._reading_seconds() + work, MAX_CPU_SECONDS)
+        request = {"height": height, "width": width, "resample": resample, "cpu_seconds": int(seconds) + 1}
         last = -1
         with self._watched(seconds):
             self._send(request, array("q", numbers.tolist()).tobytes())
@@ -136,11 +144,19 @@ class VideoProcess:
                 header, payload = self._receive("frame", height * width * 3)
                 if header["kind"] == "done":
                     return
-                slot = header["slot"]
-                if not last < slot < len(numbers) or len(payload) != height * width * 3:
-                    raise self._failure("the decoder sent an unexpected frame")
+                slot, number = header.get("slot"), header.get("number")
+                if not (isinstance(slot, int) and last < slot < len(numbers)):
+                    raise self._failure("the decoder sent a frame that was not asked for")
+                if not (isinstance(number, int) and numbers[slot] <= number < probe.count):
+                    raise self._failure("the decoder sent a frame that does not exist")
+                if len(payload) != height * width * 3:
+                    raise self._failure("the decoder sent a frame of the wrong size")
                 last = slot
-                yield slot, header["pts"], np.frombuffer(payload, np.uint8).reshape(height, width, 3)
+                yield slot, number, np.frombuffer(payload, np.uint8).reshape(height, width, 3)
+
+    def _reading_seconds(self) -> float:
+        size = os.path.getsize(self._source) if isinstance(self._source, str) else len(self._source)
+        return START_SECONDS + size / SLOWEST_BYTES
 
     def _send(self, header: dict[str, Any], payload: bytes) -> None:
         assert self._child.stdin is not None
@@ -154,10 +170,12 @@ class VideoProcess:
         try:
             header, size = receive_header(self._child.stdout)
             if size > most_bytes:
-                raise EOFError(f"{size} bytes where {most_bytes} are the most")
+                raise ValueError(f"{size} bytes where {most_bytes} are the most")
             payload = receive_payload(self._child.stdout, size)
-        except (EOFError, ValueError):
+        except EOFError:
             raise self._failure(self._death()) from None
+        except (ValueError, RecursionError):
+            raise self._failure("the decoder sent what is no message") from None
         if header.get("kind") == "error":
             raise self._failure(" ".join(str(header.get("message")).split())[:300])
         if header.get("kind") not in (kind, "done"):

@@ -1,0 +1,55 @@
+"""What every test folder shares: the golden data and how hypothesis runs."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# The same examples on every machine and no time limit per example: the first one of a shape compiles.
+settings.register_profile("keye", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("keye")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, np.ndarray]:
+    """Every array of golden.npz by name."""
+    with np.load(GOLDEN / "golden.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def margins() -> dict[str, Any]:
+    """margins.json: how far rounding is from changing a choice."""
+    return json.loads((GOLDEN / "margins.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_params() -> dict[str, Any]:
+    """The golden checkpoint's weights in float32."""
+    from keye_jax import KeyeVL
+
+    return KeyeVL.from_hf(GOLDEN / "checkpoint", dtype="float32").arrays()
+
+
+@pytest.fixture(scope="session")
+def golden_configs() -> dict[str, Any]:
+    """Its configuration by golden.npz's mode names."""
+    from keye_jax import KeyeConfig
+
+    config = KeyeConfig.from_hf(GOLDEN / "checkpoint", indexer_dtype="float32")
+    quantised = dataclasses.replace(config, sparse=dataclasses.replace(config.sparse, indexer_dtype="fp8"))
+    return {"fp8_off": config, "fp8_on": quantised}
+
+
+@pytest.fixture(scope="session")
+def golden_batch(golden: dict[str, np.ndarray], golden_configs: dict[str, Any]) -> dict[str, Any]:
+    """The golden prompts as one padded batch; see `padded_batch`."""
+    from tests.keye_jax.golden_prompts import padded_batch
+
+    return padded_batch(golden, golden_configs["fp8_off"])

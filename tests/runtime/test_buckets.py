@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import buckets
+from runtime.errors import InputError
+
+LIMIT = buckets.context_limit(1 << 20)
+
+
+@given(st.integers(1, LIMIT), st.integers(1, LIMIT))
+def test_a_context_holds_its_tokens_and_never_exceeds_the_models_by_more_than_rounding(a: int, b: int) -> None:
+    tokens, limit = min(a, b), max(a, b)
+    capacity = buckets.context(tokens, limit)
+    assert tokens <= capacity < limit + 128
+    assert capacity % 128 == 0
+
+
+@given(st.integers(1, LIMIT))
+def test_contexts_grow_with_their_tokens(tokens: int) -> None:
+    assert buckets.context(tokens, LIMIT) <= buckets.context(min(tokens + 1, LIMIT), LIMIT)
+
+
+def test_a_short_question_does_not_pay_for_the_longest_context() -> None:
+    assert buckets.context(20, LIMIT) == 512
+    assert buckets.chunk(20) == 64
+
+
+def test_too_many_tokens_are_refused_with_the_numbers() -> None:
+    with pytest.raises(InputError, match=r"1001 tokens do not fit the model's context of 1000"):
+        buckets.context(1001, 1000)
+
+
+@given(st.integers(1, 1 << 20))
+def test_patch_buckets_at_most_double_the_work(count: int) -> None:
+    size = buckets.patches(count)
+    assert count <= size < max(257, 2 * count)
+    assert size & (size - 1) == 0

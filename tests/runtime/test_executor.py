@@ -1,0 +1,147 @@
+"""Prompts of tokens and patches through the programs: the golden cases, batches, growth, stopping, sampling."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from runtime import buckets
+from runtime.engine import Engine
+from runtime.errors import GenerationError, InputError
+from runtime.executor import Executor
+from runtime.positions import position_ids
+from runtime.sampling import SamplingOptions
+
+CASES = ("text_short", "text_long", "image", "video", "two_images", "mixed")
+GREEDY = SamplingOptions()
+Golden = dict[str, np.ndarray]
+
+
+@dataclass
+class GoldenPrompt:
+    """A prompt whose patches are given, as the golden file has them."""
+
+    token_ids: np.ndarray
+    position_ids: np.ndarray
+    delta: int
+    batches: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def patch_batches(self, max_patches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return iter(self.batches)
+
+
+def golden_prompt(golden: Golden, case: str) -> GoldenPrompt:
+    """The case's prompt, with one batch of patches for each image or frame in the order of the pad tokens."""
+    ids = golden[f"{case}/input_ids"]
+    frames: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for pad, pixels, grid in ((502, "pixel_values", "image_grid_thw"), (503, "pixel_values_videos", "video_grid_thw")):
+        if f"{case}/{pixels}" in golden:
+            grids = golden[f"{case}/{grid}"]
+            ends = np.cumsum(grids.prod(axis=1))[:-1]
+            frames[pad] = list(zip(np.split(golden[f"{case}/{pixels}"], ends), grids[:, None], strict=True))
+    batches, i = [], 0
+    while i < len(ids):
+        if ids[i] in frames:
+            batches.append(frames[int(ids[i])].pop(0))
+            i += len(batches[-1][0]) // 4
+        else:
+            i += 1
+    grids = [grid[0] for _, grid in batches]
+    positions, delta = position_ids(ids, np.array(grids).reshape(-1, 3), image_token_id=502, video_token_id=503)
+    np.testing.assert_array_equal(positions, golden[f"{case}/position_ids"])
+    return GoldenPrompt(ids, positions, delta, batches)
+
+
+def generate(
+    executor: Executor,
+    prompts: list[GoldenPrompt],
+    sampling: list[SamplingOptions] | None = None,
+    new: list[int] | None = None,
+    stop_ids: tuple[int, ...] = (),
+) -> list[list[int]]:
+    sampling = sampling or [GREEDY] * len(prompts)
+    rows: list[list[int]] = [[] for _ in prompts]
+    run = executor.run(prompts, sampling, new or [16] * len(prompts), stop_ids)  # pyright: ignore[reportArgumentType]
+    for step in run.steps:
+        for row, tokens in zip(rows, step, strict=True):
+            row += tokens
+    return rows
+
+
+def test_a_batch_of_all_golden_prompts_gives_each_its_golden_tokens(golden: Golden, golden_engine: Engine) -> None:
+    # Unequal lengths, text and images and video side by side: rows must not see each other.
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    rows = generate(golden_engine.executor(), prompts)
+    for case, row in zip(CASES, rows, strict=True):
+        assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist(), case
+
+
+def test_a_growing_cache_and_short_chunks_change_nothing(
+    golden: Golden, golden_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = golden_prompt(golden, "text_long")
+    whole = generate(golden_engine.executor(), [prompt], new=[40])
+    monkeypatch.setattr(buckets, "CONTEXTS", (128, 256))
+    monkeypatch.setattr(buckets, "CHUNKS", (48,))
+    assert generate(golden_engine.executor(), [prompt], new=[40]) == whole
+    assert whole[0][:16] == golden["text_long/fp8_on/decode_tokens"].tolist()
+
+
+def test_a_stop_token_ends_its_row_and_only_its_row(golden: Golden, golden_engine: Engine) -> None:
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    expected = [golden[f"{case}/fp8_on/decode_tokens"].tolist() for case in CASES]
+    stop = expected[1][3]
+    rows = generate(golden_engine.executor(), prompts, stop_ids=(stop,))
+    for row, full in zip(rows, expected, strict=True):
+        assert row == (full[: full.index(stop) + 1] if stop in full else full)
+
+
+def test_each_row_has_its_own_budget(golden: Golden, golden_engine: Engine) -> None:
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    budgets = [1, 16, 3, 7, 2, 16]
+    rows = generate(golden_engine.executor(), prompts, new=budgets)
+    for case, row, budget in zip(CASES, rows, budgets, strict=True):
+        assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist()[:budget]
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(golden: Golden, golden_engine: Engine) -> None:
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    hot = [SamplingOptions(temperature=3.0, top_p=0.95, top_k=50, seed=s) for s in (1, 1, 2, 3, 4, 5)]
+    first = generate(golden_engine.executor(), prompts, hot)
+    assert generate(golden_engine.executor(), prompts, hot) == first
+    # The same row, with other neighbours drawing with other seeds.
+    swapped = [hot[0], *(SamplingOptions(temperature=3.0, seed=90 + i) for i in range(5))]
+    again = generate(golden_engine.executor(), prompts, swapped)
+    assert again[0] == first[0]
+    assert again[1:] != first[1:]
+
+
+def test_greedy_rows_stay_greedy_beside_sampled_ones(golden: Golden, golden_engine: Engine) -> None:
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    mixed = [GREEDY, *[SamplingOptions(temperature=2.0, seed=7)] * 5]
+    rows = generate(golden_engine.executor(), prompts, mixed)
+    assert rows[0] == golden["text_short/fp8_on/decode_tokens"].tolist()
+
+
+def test_logits_that_are_not_finite_are_an_error_not_an_answer(golden: Golden, golden_engine: Engine) -> None:
+    good = golden_engine.executor()
+    text = {**good._text, "norm": good._text["norm"].at[0].set(np.nan)}
+    broken = Executor(good._programs, {"text": text, **good._vision}, good._pad_ids)
+    with pytest.raises(GenerationError, match="not finite"):
+        generate(broken, [golden_prompt(golden, case) for case in CASES])
+
+
+def test_a_prompt_beyond_the_models_context_is_refused_before_any_work(golden: Golden, golden_engine: Engine) -> None:
+    prompt = golden_prompt(golden, "text_short")
+    with pytest.raises(InputError, match="do not fit the model's context of 32768"):
+        generate(golden_engine.executor(), [prompt], new=[32768])
+
+
+def test_the_decode_loop_never_compiles_again(golden: Golden, golden_engine: Engine) -> None:
+    executor = golden_engine.executor()
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    generate(executor, prompts)
+    before = dict(executor._programs._compiled)
+    generate(executor, prompts, new=[5, 9, 16, 1, 2, 3])
+    assert executor._programs._compiled == before
