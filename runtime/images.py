@@ -165,8 +165,9 @@ def _open_encoded(handle: IO[bytes], size: int, source: object) -> Iterator[Imag
     if size > MAX_FILE_BYTES:
         raise InputError(f"{describe(source)} has {size} bytes; images may have {MAX_FILE_BYTES}")
     with explained(source), warnings.catch_warnings():
-        # Pillow warns about large images; ours is a limit, and lower than the one at which Pillow refuses.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow warns of large images (ours is a limit, and lower than the one at which it refuses) and of damaged
+        # EXIF, which is no fault of the pixels.
+        warnings.simplefilter("ignore")
         image = Image.open(handle, formats=FORMATS)
     with image:
         _check_pixels(image, source)

@@ -265,8 +265,10 @@ def _plan_list(source: FrameList, options: VideoOptions) -> tuple[VideoPlan, tup
         raise InputError(f"{label}: image 0 has {w0}x{h0} pixels and image {odd} has {w}x{h}; give one size")
     least = max(options.min_pixels or 0, FRAME_MIN_PIXELS)
     most = max(options.max_pixels or FRAME_MAX_PIXELS, least)
-    with explained(source):
+    try:
         limited = smart_resize(*sizes[0], min_pixels=least, max_pixels=most)
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from error
     return _plan(timeline, sizes[0], limited, options, options.fps or timeline.fps, label, []), limited
 
 

@@ -283,7 +283,8 @@ def _explained() -> Iterator[None]:
         raise UnreadableVideo("it is a playlist or refers to other files; give the video itself") from error
     except FFmpegError as error:
         kinds = "mp4, mov, mkv, webm, avi, mpegts or gif"
-        raise UnreadableVideo(f"it is not a readable {kinds} file ({error.strerror})") from error
+        why = f"it is not a readable {kinds} file ({error.strerror}); convert it to mp4"
+        raise UnreadableVideo(why) from error
 
 
 def render(frame: Any, turn: int, height: int, width: int, resample: str) -> bytes:
