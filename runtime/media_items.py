@@ -4,27 +4,19 @@ import base64
 import binascii
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from runtime.errors import InputError
+from runtime.media_options import ImageOptions, VideoOptions
 
 Kind = Literal["image", "video"]
 MAX_DATA_URI_BYTES = 256 << 20
 
 OPTIONS: dict[Kind, tuple[str, ...]] = {
-    "image": ("min_pixels", "max_pixels"),
-    "video": (
-        "fps",
-        "min_frames",
-        "max_frames",
-        "min_pixels",
-        "max_pixels",
-        "video_total_pixels",
-        "video_start",
-        "video_end",
-    ),
+    "image": tuple(field.name for field in fields(ImageOptions)),
+    "video": tuple(field.name for field in fields(VideoOptions)),
 }
 
 

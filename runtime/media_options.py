@@ -15,7 +15,7 @@ MAX_VIDEO_TOTAL_PIXELS = 262_144 * sizing.TOKEN_PIXELS
 """One context length of visual tokens: no longer video could be read by the model."""
 MAX_FRAMES = MAX_VIDEO_TOTAL_PIXELS // sizing.FRAME_MIN_PIXELS
 
-Timestamps = Literal["pts", "avg-fps"]
+TimestampSource = Literal["pts", "avg-fps"]
 Resample = Literal["bilinear", "bicubic"]
 Adaptive = Literal["off", "server", "paper"]
 
@@ -65,7 +65,7 @@ class VideoOptions(_Options):
     """Seconds; frames shown earlier are left out. Timestamps still count from the start of the file."""
     video_end: float | None = None
     """Seconds; frames shown later are left out."""
-    timestamps: Timestamps = "pts"
+    timestamp_source: TimestampSource = "pts"
     """pts: when the frame is shown, from the first frame on. avg-fps: frame number / average rate, as the official
     server has it; wrong where the frame rate varies."""
     resample: Resample = "bilinear"
@@ -86,7 +86,7 @@ class VideoOptions(_Options):
         _check_real("video_start", self.video_start, 0, 1e9)
         _check_real("video_end", self.video_end, self.video_start or 0, 1e9)
         _check_real("time_limit", self.time_limit, 0.1, 1e6)
-        _check_choice("timestamps", self.timestamps, get_args(Timestamps))
+        _check_choice("timestamp_source", self.timestamp_source, get_args(TimestampSource))
         _check_choice("resample", self.resample, get_args(Resample))
         _check_choice("adaptive_budget", self.adaptive_budget, get_args(Adaptive))
 

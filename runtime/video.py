@@ -41,7 +41,7 @@ class FrameList:
 
     `fps` is the rate at which the images were taken. Where it is None the option `fps` is, as in the official
     server. All images are used up to the budget; together with `fps` or `timestamps` here, a lower option `fps`
-    thins them out. The options `timestamps` and `time_limit` concern files only.
+    thins them out. The options `timestamp_source` and `time_limit` concern files only.
     """
 
     images: Sequence[ImageSource]
@@ -174,7 +174,7 @@ def _plan_file(probe: Probe, options: VideoOptions, label: str) -> tuple[VideoPl
     size = (probe.height, probe.width)
     plan = _plan(timeline, size, size, options, options.fps, label, warnings)
     stamps = times.astype(np.float32)
-    if options.timestamps == "avg-fps":
+    if options.timestamp_source == "avg-fps":
         # torchcodec's arithmetic: one float32 division.
         stamps = np.arange(probe.count, dtype=np.float32) / np.float32(timeline.fps)
     return replace(plan, timestamps=stamps[plan.indices]), stamps

@@ -108,7 +108,7 @@ def test_variable_frame_rate_is_sampled_evenly_by_frame_number(tmp_path):
 
 def test_average_rate_timestamps_are_the_official_single_precision_division(tmp_path):
     path = write_video(tmp_path / "a.mkv", len(IRREGULAR), milliseconds=IRREGULAR)
-    video = load_video(path, VideoOptions(min_frames=12, timestamps="avg-fps"))
+    video = load_video(path, VideoOptions(min_frames=12, timestamp_source="avg-fps"))
     expected = np.arange(12, dtype=np.float32) / np.float32(video.plan.fps)
     assert times(video).tolist() == expected.tolist()
 
@@ -136,7 +136,7 @@ def test_trimming_a_constant_rate_video_samples_only_the_part(tmp_path):
     assert numbers(video) == [30, 60]  # 31 frames, 1 s to 2 s, both ends included
     assert times(video).tolist() == [1.0, 2.0]
     assert video.plan.duration == pytest.approx(31 / 30)
-    average = load_video(path, VideoOptions(video_start=1, video_end=2, timestamps="avg-fps"))
+    average = load_video(path, VideoOptions(video_start=1, video_end=2, timestamp_source="avg-fps"))
     assert times(average).tolist() == [1.0, 2.0]
 
 
@@ -568,7 +568,7 @@ def test_options_are_checked_by_name_type_and_range():
         "video_total_pixels": (50_175, None, 10**9),
         "video_start": (-1, "0"),
         "video_end": (-1,),
-        "timestamps": ("PTS", None, []),
+        "timestamp_source": ("PTS", None, []),
         "resample": ("nearest",),
         "adaptive_budget": (True, "on"),
         "time_limit": (0,),
