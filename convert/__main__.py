@@ -1,6 +1,7 @@
 """Command line of the conversion; see `convert.convert`."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -46,11 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="afterwards read checkpoint and bundle again and compare bit for bit"
     )
+    parser.add_argument(
+        "--shapes-only",
+        action="store_true",
+        help="describe the weights and store none: enough for `python -m runtime.export` and AOT compilation",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _convert(options: argparse.Namespace, progress: "_Progress") -> int:
+    # Ctrl-C inside the import of an extension module would come out as an ImportError; nothing is lost by ending here.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     import jax
 
     # Conversion computes nothing; an accelerator would only be taken from whoever uses it.
@@ -59,6 +67,7 @@ def _convert(options: argparse.Namespace, progress: "_Progress") -> int:
     from keye_jax.errors import CheckpointError, ConfigError
     from runtime.errors import InputError
 
+    signal.signal(signal.SIGINT, handler)
     try:
         bundle = convert(
             options.hf_dir,
@@ -66,6 +75,7 @@ def _convert(options: argparse.Namespace, progress: "_Progress") -> int:
             dtype=options.dtype,
             indexer_dtype=options.indexer_dtype,
             verify=options.verify,
+            shapes_only=options.shapes_only,
             report=progress,
         )
     except (InputError, ConfigError, CheckpointError, OSError) as error:

@@ -10,21 +10,26 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 
 from convert.journal import FileEntry, Journal
 from keye_jax.checkpoint import Checkpoint, open_checkpoint, read_group, weight_dtype
 from keye_jax.config import IndexerDtype, KeyeConfig, read_config_json
 from keye_jax.params import Path as ParamPath
 from keye_jax.params import StorageGroup, storage_groups, unflatten
-from runtime.bundle import FORMAT, JOURNAL, MANIFEST, TOKENIZER, VERSION, WEIGHTS, Bundle, file_sha256, group_folder
+from runtime.bundle import Bundle, file_sha256, group_folder
 from runtime.errors import InputError
+from runtime.manifest import FORMAT, JOURNAL, MANIFEST, TOKENIZER, VERSION, WEIGHTS, write_manifest
 from runtime.processor import ProcessorSettings
 
 Report = Callable[[str, int, int], None]
@@ -51,7 +56,8 @@ _SPARE_BYTES = 16 << 20
 class _Job:
     """A checked checkpoint and everything the manifest says about it besides its files."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None: shapes only."""
     groups: dict[str, StorageGroup]
     dtype: np.dtype
     copied: dict[str, bytes]
@@ -76,6 +82,7 @@ def convert(
     dtype: str = "bfloat16",
     indexer_dtype: IndexerDtype = "fp8",
     verify: bool = False,
+    shapes_only: bool = False,
     report: Report | None = None,
 ) -> Bundle:
     """Converts a checkpoint in the official layout; resumes an interrupted conversion of the same files.
@@ -85,6 +92,8 @@ def convert(
         dtype: "bfloat16" or "float32", of the weights.
         indexer_dtype: "fp8", "bf16" or "float32", in which the lightning indexer multiplies.
         verify: afterwards read checkpoint and bundle again and compare bit for bit.
+        shapes_only: describe the weights and store none; only config.json is needed. Such a bundle can be exported
+            and planned with on any host, and not run.
         report: progress.
 
     Raises:
@@ -93,33 +102,37 @@ def convert(
     """
     report = report or (lambda stage, done, total: None)
     target = Path(bundle)
-    job = _prepare(Path(hf_dir), dtype, indexer_dtype)
+    if verify and shapes_only:
+        raise InputError("--verify compares weights and --shapes-only stores none; give one of them")
+    job = _prepare(Path(hf_dir), dtype, indexer_dtype, shapes_only)
     if _is_complete(target, job):
         report(f"{target} is there already, made from the same files and options", job.total, job.total)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_bundle(target, job, report)
     made = Bundle.open(target)
-    if verify:
-        _verify(job, made, report)
+    if verify and job.checkpoint is not None:
+        _verify(job.checkpoint, job, made, report)
     return made
 
 
-def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype) -> _Job:
+def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype, shapes_only: bool) -> _Job:
     raw = read_config_json(folder)
     config = KeyeConfig.from_hf(raw, indexer_dtype=indexer_dtype)
-    checkpoint = open_checkpoint(folder, config)
+    checkpoint = None if shapes_only else open_checkpoint(folder, config)
     copied = _read_copied(folder)
     processor = ProcessorSettings.from_hf_folder(folder).to_dict()
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "config": raw,
+        "config": config.to_hf(),
         "dtype": weight_dtype(dtype).name,
         "indexer_dtype": indexer_dtype,
         "processor": processor,
+        "shapes_only": shapes_only,
     }
-    source = [about, checkpoint.fingerprint, {name: _sha256(data) for name, data in copied.items()}]
+    fingerprint = checkpoint.fingerprint if checkpoint else None
+    source = [about, fingerprint, {name: _sha256(data) for name, data in copied.items()}]
     about["source"] = _sha256(json.dumps(source, sort_keys=True).encode())
     return _Job(checkpoint, storage_groups(config), weight_dtype(dtype), copied, about)
 
@@ -153,15 +166,19 @@ def _is_complete(target: Path, job: _Job) -> bool:
 def _write_bundle(target: Path, job: _Job, report: Report) -> None:
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(exist_ok=True)
+    if any(partial.iterdir()) and not (partial / JOURNAL).exists():
+        raise InputError(f"{partial} exists and is not an unfinished conversion; move it away or give another name")
     with Journal(partial / JOURNAL, job.source) as journal:
         _remove_unfinished(partial, journal)
-        _check_space(partial, sum(job.nbytes(name) for name in job.groups if name not in journal.groups))
-        _write_groups(partial, job, journal, report)
-        files = [entry for name in job.groups for entry in journal.groups[name]]
+        files = []
+        if job.checkpoint is not None:
+            _check_space(partial, sum(job.nbytes(name) for name in job.groups if name not in journal.groups))
+            _write_groups(partial, job.checkpoint, job, journal, report)
+            files = [entry for name in job.groups for entry in journal.groups[name]]
         for name, data in job.copied.items():
             _write_file(partial / name, data)
             files.append({"path": name, "bytes": len(data), "sha256": _sha256(data)})
-        _write_file(partial / MANIFEST, json.dumps(_manifest(job, files), indent=1).encode())
+        write_manifest(partial, _manifest(job, files))
         _sync(partial)
         os.rename(partial, target)
         _sync(target.parent)
@@ -177,7 +194,14 @@ def _manifest(job: _Job, files: list[FileEntry]) -> dict[str, Any]:
         }
         weights[name] = {"layer": group.layer, "arrays": arrays}
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**job.manifest, "created": created, "keye_jax": _version(), "weights": weights, "files": files}
+    return {
+        **job.manifest,
+        "created": created,
+        "keye_jax": _version(),
+        "weights": weights,
+        "files": files,
+        "graphs": [],
+    }
 
 
 def _remove_unfinished(partial: Path, journal: Journal) -> None:
@@ -207,7 +231,7 @@ def _check_space(partial: Path, needed: int) -> None:
         )
 
 
-def _write_groups(partial: Path, job: _Job, journal: Journal, report: Report) -> None:
+def _write_groups(partial: Path, checkpoint: Checkpoint, job: _Job, journal: Journal, report: Report) -> None:
     total, done = job.total, sum(map(job.nbytes, journal.groups))
     if done:
         report(f"resuming, {len(journal.groups)}/{len(job.groups)} groups are there", done, total)
@@ -216,23 +240,37 @@ def _write_groups(partial: Path, job: _Job, journal: Journal, report: Report) ->
         if name in journal.groups:
             continue
         report(f"group {number}/{len(job.groups)} {name}", done, total)
-        arrays = read_group(job.checkpoint, group, job.dtype)
-        writer.save(group_folder(partial, name), arrays, group)
-        del arrays
-        journal.add(name, _sync_files(partial, group_folder(partial, name)))
+        arrays = read_group(checkpoint, group, job.dtype)
+        with _interrupt_waits():
+            writer.save(group_folder(partial, name), arrays, group)
+            del arrays
+            journal.add(name, _sync_files(partial, group_folder(partial, name)))
         done += job.nbytes(name)
     report("weights written", done, total)
+
+
+@contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: Orbax's threads report errors of their own when a save is cut."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class _OrbaxWriter:
     """Writes storage groups, uncompressed (random-looking mantissas shrink by a quarter at a fifth of the speed)."""
 
     def __init__(self) -> None:
-        import orbax.checkpoint as ocp
-
         # It warns about chunks smaller than 1 MiB, which are right for small models.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._save_args = ocp.SaveArgs
         self._checkpointer = ocp.PyTreeCheckpointer(use_ocdbt=True, use_compression=False)
 
     def save(self, folder: Path, arrays: dict[ParamPath, np.ndarray], group: StorageGroup) -> None:
@@ -240,7 +278,7 @@ class _OrbaxWriter:
         for path, spec in group.specs.items():
             # One chunk an expert: devices that share the experts read only their own.
             axes = (spec.axes.index("expert"),) if "expert" in spec.axes else ()
-            save_args[path] = self._save_args(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+            save_args[path] = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
         try:
             self._checkpointer.save(folder.resolve(), unflatten(arrays), save_args=unflatten(save_args))
         except (OSError, ValueError, RuntimeError) as error:
@@ -273,14 +311,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _verify(job: _Job, bundle: Bundle, report: Report) -> None:
+def _verify(checkpoint: Checkpoint, job: _Job, bundle: Bundle, report: Report) -> None:
     total = sum(file.bytes for file in bundle.files.values())
     bundle.verify(progress=lambda done, _: report("sha256 of the files", done, total))
     total, done = job.total, 0
     for number, (name, group) in enumerate(job.groups.items(), 1):
         report(f"comparing group {number}/{len(job.groups)} {name}", done, total)
         stored = bundle.read_group(name)
-        for path, array in read_group(job.checkpoint, group, job.dtype).items():
+        for path, array in read_group(checkpoint, group, job.dtype).items():
             bits = f"u{array.dtype.itemsize}"
             if not np.array_equal(array.view(bits), stored[".".join(path)].view(bits)):
                 raise InputError(

@@ -64,9 +64,11 @@ class Journal:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 entry = None
-            if entry is None or (number == 0 and entry != {"source": source}):
+            if number == 0 and entry != {"source": source}:
                 break
-            if number:
+            if number > 0:
+                if not isinstance(entry, dict) or set(entry) != {"group", "files"}:
+                    break
                 self.groups[entry["group"]] = entry["files"]
             good += len(line)
         return good

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from keye_jax import config_keys as keys
 from keye_jax.errors import ConfigError
 
 IndexerDtype = Literal["fp8", "bf16", "float32"]
@@ -164,11 +165,11 @@ class KeyeConfig:
             ConfigError: unreadable file; unknown, missing or unsupported key (named in the message).
         """
         raw = dict(source) if isinstance(source, Mapping) else read_config_json(source)
-        _check_fixed(raw, _FIXED_TOP, "config.json")
-        _check_known(raw, _TOP_KEYS, "config.json")
+        _check_fixed(raw, keys.FIXED_TOP, "config.json")
+        _check_known(raw, keys.TOP_KEYS, "config.json")
         rope = _rope_scaling(raw)
         text = TextConfig(
-            **_take(raw, _TEXT_INTS, "config.json", int),
+            **_take(raw, keys.TEXT_INTS, "config.json", int),
             **_take_optional(raw, {"rms_norm_eps": float, "norm_topk_prob": bool}, "config.json"),
             **_take_optional(raw, {"max_position_embeddings": int}, "config.json"),
             head_dim=_head_dim(raw),
@@ -193,8 +194,8 @@ class KeyeConfig:
         sparse.pop("indexer_dtype")
         rope = {"type": "default", "mrope_section": list(section), "mrope_interleaved": interleaved}
         return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": _MODEL_TYPE,
+            "architectures": [keys.ARCHITECTURE],
+            "model_type": keys.MODEL_TYPE,
             **text,
             "rope_scaling": rope,
             "sa_config": sparse,
@@ -235,114 +236,12 @@ def read_config_json(source: str | os.PathLike[str]) -> dict[str, Any]:
     return raw
 
 
-_MODEL_TYPE = "KeyeVL2"
-_ARCHITECTURE = "KeyeVL2MoeForConditionalGeneration"
-
-_TEXT_INTS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-)
-
-# Keys with one supported value: another value means a model this code would compute wrongly.
-_FIXED_TOP: dict[str, tuple[Any, ...]] = {
-    "model_type": (_MODEL_TYPE,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-    "use_sliding_window": (False, None),
-    "num_nextn_predict_layers": (0, None),
-    "num_shared_experts": (0, None),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (False,),
-}
-_FIXED_VISION: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("gelu_pytorch_tanh",),
-    "deepstack_visual_indexes": ([], None),
-    "temporal_patch_size": (1, 2, None),
-}
-_FIXED_SPARSE: dict[str, tuple[Any, ...]] = {"indexer_num_kv_heads": (1,)}
-
-# Keys that say nothing about the forward pass.
-_UNUSED_TOP = {
-    "_name_or_path": "where the checkpoint came from",
-    "architectures": "checked apart",
-    "attention_dropout": "training",
-    "auto_map": "remote code; never run here",
-    "bos_token_id": "read by the text processor",
-    "chunk_size_feed_forward": "transformers bookkeeping",
-    "dtype": "an argument here, not a property of the model",
-    "eos_token_id": "read by the text processor",
-    "fast_video_token_id": "fast frames belong to Keye-VL-1.5",
-    "id2label": "transformers bookkeeping",
-    "initializer_range": "training",
-    "intermediate_size": "width of dense layers; this model has none",
-    "label2id": "transformers bookkeeping",
-    "max_window_layers": "sliding window, which is off",
-    "output_attentions": "transformers bookkeeping",
-    "output_hidden_states": "transformers bookkeeping",
-    "output_router_logits": "training",
-    "pad_token_id": "read by the text processor",
-    "problem_type": "transformers bookkeeping",
-    "return_dict": "transformers bookkeeping",
-    "router_aux_loss_coef": "training",
-    "sliding_window": "sliding window, which is off",
-    "torch_dtype": "an argument here, not a property of the model",
-    "transformers_version": "which library wrote the file",
-    "use_cache": "the cache is always used",
-    "video_start_token_id": "frame markers of Keye-VL-1.5",
-    "video_end_token_id": "frame markers of Keye-VL-1.5",
-    "vision_end_token_id": "read by the text processor",
-    "vision_start_token_id": "read by the text processor",
-    "vision_token_id": "not used by the published prompt",
-}
-_UNUSED_VISION = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "dtype",
-    "initializer_factor",
-    "initializer_range",
-    "model_type",
-    "tokens_per_second",
-    "torch_dtype",
-    "transformers_version",
-}
-_ROPE_KEYS = {"type", "rope_type", "mrope_section", "mrope_interleaved", "rope_theta"}
-_SPARSE_INTS = ("indexer_num_heads", "indexer_head_dim", "topk")
-# The chunk sizes only tile loops of the official code.
-_SPARSE_KEYS = {*_SPARSE_INTS, *_FIXED_SPARSE, "mrope_interleaved", "q_chunk_size", "kv_chunk_size"}
-_VISION_INTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size")
-_VISION_OPTIONAL = {
-    "patch_size": int,
-    "num_channels": int,
-    "spatial_merge_size": int,
-    "layer_norm_eps": float,
-    "rope_theta": float,
-}
-_TOP_KEYS = {
-    *_TEXT_INTS,
-    *_FIXED_TOP,
-    *_UNUSED_TOP,
-    *("head_dim", "rms_norm_eps", "norm_topk_prob", "max_position_embeddings"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "sa_config", "vision_config"),
-    *("image_token_id", "video_token_id"),
-}
-
-
 def _sparse_config(raw: Mapping[str, Any], indexer_dtype: IndexerDtype | None) -> SparseConfig:
     sparse = _section(raw, "sa_config")
-    _check_fixed(sparse, _FIXED_SPARSE, "sa_config")
-    _check_known(sparse, _SPARSE_KEYS, "sa_config")
+    _check_fixed(sparse, keys.FIXED_SPARSE, "sa_config")
+    _check_known(sparse, keys.SPARSE_KEYS, "sa_config")
     return SparseConfig(
-        **_take(sparse, _SPARSE_INTS, "sa_config", int),
+        **_take(sparse, keys.SPARSE_INTS, "sa_config", int),
         **_take_optional(sparse, {"mrope_interleaved": bool}, "sa_config"),
         indexer_dtype=indexer_dtype or "fp8",
     )
@@ -350,11 +249,11 @@ def _sparse_config(raw: Mapping[str, Any], indexer_dtype: IndexerDtype | None) -
 
 def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     vision = _section(raw, "vision_config")
-    _check_fixed(vision, _FIXED_VISION, "vision_config")
-    _check_known(vision, {*_VISION_INTS, *_VISION_OPTIONAL, *_FIXED_VISION, *_UNUSED_VISION}, "vision_config")
+    _check_fixed(vision, keys.FIXED_VISION, "vision_config")
+    _check_known(vision, keys.VISION_KEYS, "vision_config")
     return VisionConfig(
-        **_take(vision, _VISION_INTS, "vision_config", int),
-        **_take_optional(vision, _VISION_OPTIONAL, "vision_config"),
+        **_take(vision, keys.VISION_INTS, "vision_config", int),
+        **_take_optional(vision, keys.VISION_OPTIONAL, "vision_config"),
     )
 
 
@@ -367,7 +266,7 @@ def _rope_scaling(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     else:
         raise ConfigError("config.json has no rope_scaling with mrope_section; the rotary layout is not guessed")
     rope = _section(raw, name)
-    _check_known(rope, _ROPE_KEYS, name)
+    _check_known(rope, keys.ROPE_KEYS, name)
     kinds = {"type": ("default", "mrope"), "rope_type": ("default", "mrope")}
     _check_fixed(rope, kinds, name)
     return rope
@@ -412,11 +311,11 @@ def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
     if where == "config.json":
-        architectures = raw.get("architectures") or [_ARCHITECTURE]
-        if "model_type" not in raw or architectures != [_ARCHITECTURE]:
+        architectures = raw.get("architectures") or [keys.ARCHITECTURE]
+        if "model_type" not in raw or architectures != [keys.ARCHITECTURE]:
             raise ConfigError(
                 f"config.json describes model_type={raw.get('model_type')!r}, architectures={architectures!r}; "
-                f"this library runs {_MODEL_TYPE} / {_ARCHITECTURE} only"
+                f"this library runs {keys.MODEL_TYPE} / {keys.ARCHITECTURE} only"
             )
     for key, allowed in fixed.items():
         if key in raw and raw[key] not in allowed:
@@ -433,11 +332,11 @@ def _check_known(raw: Mapping[str, Any], known: set[str], where: str) -> None:
         )
 
 
-def _take(raw: Mapping[str, Any], keys: tuple[str, ...], where: str, kind: type) -> dict[str, Any]:
-    missing = [key for key in keys if raw.get(key) is None]
+def _take(raw: Mapping[str, Any], names: tuple[str, ...], where: str, kind: type) -> dict[str, Any]:
+    missing = [key for key in names if raw.get(key) is None]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; fetch the file again")
-    return {key: _typed(raw[key], kind, f"{where}: {key}") for key in keys}
+    return {key: _typed(raw[key], kind, f"{where}: {key}") for key in names}
 
 
 def _take_optional(raw: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from keye_jax.vision import vision_tokens
 
 NO_TOKEN = -1
 
+STOP_IDS = 8
+"""Stop tokens that the runtime's decode graphs compare with."""
+
 MAX_DECODE_STEPS = 16
 """Tokens one decode call can produce: the width of its result. How many it does produce is an argument."""
 
@@ -42,7 +45,7 @@ class DecodeState(TypedDict):
     delta: jax.Array  # int32, rotary position minus sequence index
     done: jax.Array  # bool
     budget: jax.Array  # int32, tokens it may still produce
-    stop_ids: jax.Array  # [n_stop] int32; NO_TOKEN pads
+    stop_ids: jax.Array  # [STOP_IDS] int32; NO_TOKEN pads
     sampling: Sampling
 
 

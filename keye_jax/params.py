@@ -84,8 +84,8 @@ def _text_specs(config: KeyeConfig) -> dict[str, Any]:
     }
     moe = {
         "router": ParamSpec((L, D, E), ("layer", "embed", None)),
-        "gate_up_proj": ParamSpec((L, E, D, 2 * F), ("layer", "expert", "embed", "mlp")),
-        "down_proj": ParamSpec((L, E, F, D), ("layer", "expert", "mlp", "embed")),
+        "gate_up_proj": ParamSpec((L, E, D, 2 * F), ("layer", "expert", "expert_in", "expert_out")),
+        "down_proj": ParamSpec((L, E, F, D), ("layer", "expert", "expert_in", "expert_out")),
     }
     return {
         "embed_tokens": ParamSpec((V, D), ("vocab", "embed")),

@@ -11,6 +11,9 @@ CHUNKS = (64, 512)
 MAX_BATCH_PATCHES = 8192
 """Patches per call of the vision program, unless one image alone has more."""
 
+MAX_PATCHES = 131_072
+"""Patches of the largest image that preprocessing lets through, as a power of two."""
+
 _MIN_PATCHES = 256
 _CAPACITY_STEP = 128
 
@@ -31,8 +34,13 @@ def context(tokens: int, limit: int) -> int:
             f"{tokens} tokens do not fit the model's context of {limit}; use fewer or smaller images and frames "
             "(--max-frames, --max-pixels), a shorter text, or a smaller --max-new-tokens"
         )
+    return next(c for c in contexts(limit) if tokens <= c)
+
+
+def contexts(limit: int) -> tuple[int, ...]:
+    """The capacities in use for a model whose context is `limit`; the last one holds it."""
     whole = -(-limit // _CAPACITY_STEP) * _CAPACITY_STEP
-    return next((c for c in CONTEXTS if tokens <= c < whole), whole)
+    return (*(c for c in CONTEXTS if c < whole), whole)
 
 
 def chunk(prompt_tokens: int) -> int:
@@ -43,3 +51,23 @@ def chunk(prompt_tokens: int) -> int:
 def patches(count: int) -> int:
     """Patches the vision program is compiled for: the next power of two."""
     return max(_MIN_PATCHES, 1 << (count - 1).bit_length())
+
+
+def all_shapes(limit: int, *, chunk: int | None = None, batch: int = 1) -> list[tuple[str, tuple[int, ...]]]:
+    """Every (program, shape) that a model of context `limit` can come to need; see `runtime.graphs.SHAPE_NAMES`.
+
+    Args:
+        chunk: prefill with this chunk length only.
+    """
+    sizes = contexts(limit)
+    if chunk is None:
+        # Short prompts take the short chunk, and then the smallest context too.
+        prefills = [(batch, CHUNKS[0], sizes[0]), *((batch, CHUNKS[-1], size) for size in sizes)]
+    else:
+        prefills = [(batch, chunk, size) for size in sizes]
+    patch_sizes = [1 << n for n in range(_MIN_PATCHES.bit_length() - 1, MAX_PATCHES.bit_length())]
+    return [
+        *(("vision", (size,)) for size in patch_sizes),
+        *(("prefill", shape) for shape in prefills),
+        *(("decode", (batch, size)) for size in sizes),
+    ]

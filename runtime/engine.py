@@ -138,19 +138,22 @@ class Engine:
         """The weights on the device and the programs; loaded at the first call."""
         if self._executor is None:
             # jax comes in here, a second after bad input has been refused.
-            from runtime.executor import Executor
+            from runtime import compile_cache
+            from runtime.executor import Executor, ModelFacts
             from runtime.programs import Programs
 
+            compile_cache.enable()
             bundle, settings = self.bundle, self.processor.settings
             params = bundle.load_params(progress=lambda done, total: self._progress("weights, bytes", done, total))
-            programs = Programs(
-                bundle.config,
-                bundle.dtype,
-                bundle.indexer_dtype,
-                lambda name: self._progress(f"compiling {name}", 0, 0),
+            facts = ModelFacts(
+                pad_ids=(settings.image_token_id, settings.video_token_id),
+                merge_size=settings.merge_size,
+                max_position_embeddings=settings.max_position_embeddings,
+                topk=bundle.config["sa_config"]["topk"],
+                indexer_dtype=bundle.indexer_dtype,
             )
-            pad_ids = (settings.image_token_id, settings.video_token_id)
-            self._executor = Executor(programs, params, pad_ids, self._progress)
+            programs = Programs(bundle, lambda line: self._progress(line, 0, 0))
+            self._executor = Executor(programs, params, facts, self._progress)
         return self._executor
 
     def prepare(
@@ -217,7 +220,7 @@ class Engine:
             InputError: prompt and new tokens exceed the model's context.
         """
         settings = self.processor.settings
-        limit = buckets.context_limit(self.bundle.config["max_position_embeddings"])
+        limit = buckets.context_limit(settings.max_position_embeddings)
         room = limit - len(prompt.token_ids)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))

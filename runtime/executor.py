@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from runtime import buckets
-from runtime.errors import GenerationError
+from runtime.errors import GenerationError, InputError
 from runtime.processor import Prompt
 from runtime.programs import Programs
 from runtime.sampling import SamplingOptions
@@ -18,7 +18,6 @@ from runtime.sampling import SamplingOptions
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while a stage goes on."""
 
-MAX_DECODE_STEPS = 16
 # A call of the decode loop should end within this many seconds, so that text streams and Ctrl-C is heard.
 _STEP_SECONDS = 0.05
 
@@ -39,7 +38,21 @@ class Run:
 
     steps: Iterator[list[list[int]]]
     timings: Timings
-    attention_path: str = field(default="")
+    attention_path: str = ""
+    """`dsa/<keys>/<index format>/<backend>` of what has run so far; see `Result.attention_path`."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the executor must know of a model besides its programs."""
+
+    pad_ids: tuple[int, int]
+    """Ids of image and video pad tokens."""
+    merge_size: int
+    """A vision row stands for merge_size x merge_size patches."""
+    max_position_embeddings: int
+    topk: int
+    indexer_dtype: str
 
 
 class Executor:
@@ -48,15 +61,16 @@ class Executor:
     Args:
         programs: compiles on demand.
         params: weights, nested dictionaries as `programs` expects them.
-        pad_ids: the ids of image and video pad tokens.
+        facts: of the model.
         progress: told how far long stages are.
     """
 
-    def __init__(self, programs: Programs, params: Any, pad_ids: tuple[int, int], progress: Progress | None = None):
-        self._programs = programs
+    def __init__(self, programs: Programs, params: Any, facts: ModelFacts, progress: Progress | None = None):
+        self.programs = programs
         self._text = params["text"]
         self._vision = {name: params[name] for name in ("vision", "projector")}
-        self._pad_ids = pad_ids
+        self._facts = facts
+        self._limit = buckets.context_limit(facts.max_position_embeddings)
         self._progress = progress or (lambda stage, done, total: None)
 
     def run(
@@ -72,26 +86,21 @@ class Executor:
             InputError: a prompt with its new tokens exceeds the model's context.
             GenerationError: logits that are not finite.
         """
-        config = self._programs.config
-        limit = buckets.context_limit(config.text.max_position_embeddings)
-        longest = 0
         for prompt, new in zip(prompts, max_new_tokens, strict=True):
-            total = len(prompt.token_ids) + new
-            buckets.context(total, limit)
-            longest = max(longest, total)
-        timings = Timings()
-        keys = "all-keys" if longest <= config.sparse.topk else f"top-{config.sparse.topk}"
-        path = f"dsa/{keys}/{config.sparse.indexer_dtype}-index/xla"
-        return Run(self._steps(prompts, sampling, max_new_tokens, stop_ids, timings), timings, path)
+            buckets.context(len(prompt.token_ids) + new, self._limit)
+        run = Run(iter(()), Timings())
+        run.steps = self._steps(run, prompts, sampling, max_new_tokens, stop_ids)
+        return run
 
     def _steps(
         self,
+        run: Run,
         prompts: Sequence[Prompt],
         sampling: Sequence[SamplingOptions],
         max_new_tokens: Sequence[int],
         stop_ids: Sequence[int],
-        timings: Timings,
     ) -> Iterator[list[list[int]]]:
+        timings = run.timings
         rows = [self._encode(prompt, timings) for prompt in prompts]
         cache, logits = self._prefill(prompts, rows, timings)
         state = {
@@ -108,11 +117,12 @@ class Executor:
         }
         produced, steps, batch = 0, 1, len(prompts)
         longest = max(len(p.token_ids) for p in prompts)
-        limit = buckets.context_limit(self._programs.config.text.max_position_embeddings)
         while not np.all(np.asarray(state["done"])):
-            steps = min(steps, max(1, limit - longest - produced))
-            cache = self._grow(cache, longest + produced + steps, limit)
-            decode = self._timed(timings, self._programs.decode, batch, cache["kv"].shape[2], len(state["stop_ids"]))
+            steps = min(steps, max(1, self._limit - longest - produced))
+            context = max(cache["kv"].shape[2], buckets.context(longest + produced + steps, self._limit))
+            decode = self._timed(timings, self.programs.decode, batch, context)
+            cache = _grown(cache, decode.args[1])
+            state["stop_ids"] = _padded(stop_ids, decode.args[3]["stop_ids"].shape[0])
             begin = time.perf_counter()
             cache, logits, state, tokens, finite = decode(self._text, cache, logits, state, np.int32(steps))
             tokens, finite = np.asarray(tokens), np.asarray(finite)
@@ -124,58 +134,56 @@ class Executor:
                     "check the weights (python -m convert ... --verify) or use --dtype float32"
                 )
             produced += steps
+            run.attention_path = self._attention_path(int(np.max(cache["length"])))
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
-                steps = min(2 * steps, MAX_DECODE_STEPS)
+                steps = min(2 * steps, tokens.shape[1])
+
+    def _attention_path(self, context: int) -> str:
+        keys = "all-keys" if context <= self._facts.topk else f"top-{self._facts.topk}"
+        return f"dsa/{keys}/{self._facts.indexer_dtype}-index/xla"
 
     def _encode(self, prompt: Prompt, timings: Timings) -> np.ndarray | None:
         """Vision rows of all of a prompt's images and frames, in host memory: [R, D] of the model's dtype."""
-        pads = int(np.isin(prompt.token_ids, self._pad_ids).sum())
+        pads = int(np.isin(prompt.token_ids, self._facts.pad_ids).sum())
         if not pads:
             return None
-        merge = self._programs.config.vision.spatial_merge_size
-        rows = np.empty((pads, self._programs.config.text.hidden_size), self._programs.dtype)
+        area = self._facts.merge_size**2
+        parts: list[np.ndarray] = []
         done = 0
         for patches, grid in prompt.patch_batches(buckets.MAX_BATCH_PATCHES):
             count = len(patches)
             size = buckets.patches(count)
-            program = self._timed(timings, self._programs.vision, size)
+            program = self._timed(timings, self.programs.vision, size)
             begin = time.perf_counter()
             padded = np.zeros((size, *patches.shape[1:]), np.float32)
             padded[:count] = patches
-            grids = np.zeros((size // merge**2, 3), np.int32)
+            grids = np.zeros((size // area, 3), np.int32)
             grids[: len(grid)] = grid
-            tokens = count // merge**2
-            rows[done : done + tokens] = np.asarray(program(self._vision, padded, grids))[:tokens]
+            tokens = count // area
+            parts.append(np.asarray(program(self._vision, padded, grids))[:tokens])
             done += tokens
             timings.vision_s += time.perf_counter() - begin
             self._progress("vision tokens", done, pads)
-        return rows
+        return np.concatenate(parts)
 
     def _prefill(
         self, prompts: Sequence[Prompt], rows: Sequence[np.ndarray | None], timings: Timings
     ) -> tuple[Any, Any]:
         lengths = np.array([len(p.token_ids) for p in prompts])
         longest, batch = int(lengths.max()), len(prompts)
-        config = self._programs.config
-        limit = buckets.context_limit(config.text.max_position_embeddings)
-        size, capacity = buckets.chunk(longest), buckets.context(longest, limit)
-        program = self._timed(timings, self._programs.prefill, batch, size, capacity)
+        size, context = buckets.chunk(longest), buckets.context(longest, self._limit)
+        program = self._timed(timings, self.programs.prefill, batch, size, context)
         begin = time.perf_counter()
-        shapes = self._programs.cache_shapes(batch, capacity)
-        cache: Any = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-        logits: Any = jnp.zeros((batch, config.text.vocab_size), jnp.float32)
+        # Zeros, not empty memory: unwritten slots take part in masked sums, where a NaN would survive.
+        cache, logits = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), program.args[1:3])
+        inputs = program.args[3]
         # Which row of a prompt's vision rows each of its tokens takes; only read at pad tokens.
-        pads = [np.isin(p.token_ids, self._pad_ids) for p in prompts]
+        pads = [np.isin(p.token_ids, self._facts.pad_ids) for p in prompts]
         source = [np.cumsum(pad) - 1 for pad in pads]
         for first in range(0, longest, size):
-            chunk = {
-                "tokens": np.zeros((batch, size), np.int32),
-                "positions": np.zeros((3, batch, size), np.int32),
-                "vision_rows": np.zeros((batch, size, config.text.hidden_size), self._programs.dtype),
-                "is_vision": np.zeros((batch, size), bool),
-                "valid": np.clip(lengths - first, 0, size).astype(np.int32),
-            }
+            chunk = {name: np.zeros(array.shape, array.dtype) for name, array in inputs.items()}
+            chunk["valid"][:] = np.clip(lengths - first, 0, size)
             for b, prompt in enumerate(prompts):
                 part, n = slice(first, first + size), int(chunk["valid"][b])
                 chunk["tokens"][b, :n] = prompt.token_ids[part]
@@ -192,19 +200,25 @@ class Executor:
         timings.prefill_s += time.perf_counter() - begin
         return cache, logits
 
-    def _grow(self, cache: Any, tokens: int, limit: int) -> Any:
-        """The cache, moved to the next capacity if `tokens` would not fit."""
-        capacity = cache["kv"].shape[2]
-        if tokens <= capacity:
-            return cache
-        shapes = self._programs.cache_shapes(cache["kv"].shape[1], buckets.context(tokens, limit))
-        return {
-            name: jnp.pad(array, [(0, new - old) for old, new in zip(array.shape, shapes[name].shape, strict=True)])
-            for name, array in cache.items()
-        }
-
     def _timed(self, timings: Timings, compile_program: Callable[..., Any], *shape: int) -> Any:
         begin = time.perf_counter()
         program = compile_program(*shape)
         timings.compile_s += time.perf_counter() - begin
         return program
+
+
+def _padded(stop_ids: Sequence[int], slots: int) -> np.ndarray:
+    """int32 [slots]; -1 is no token."""
+    if len(stop_ids) > slots:
+        raise InputError(f"{len(stop_ids)} stop tokens are too many; this graph compares with at most {slots}")
+    return np.array([*stop_ids, *[-1] * (slots - len(stop_ids))], np.int32)
+
+
+def _grown(cache: Any, shapes: Any) -> Any:
+    """The cache with room for as many tokens as `shapes` has; its content stays where it is."""
+    if cache["kv"].shape == shapes["kv"].shape:
+        return cache
+    return {
+        name: jnp.pad(array, [(0, new - old) for old, new in zip(array.shape, shapes[name].shape, strict=True)])
+        for name, array in cache.items()
+    }

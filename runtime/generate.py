@@ -5,29 +5,19 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import GenerationError, InputError
+from runtime.request import add_request_arguments, prepare_request
 
 if TYPE_CHECKING:
     from runtime.engine import Engine, Generation, Result
-    from runtime.processor import Prompt
 
-_MAX_MESSAGES_BYTES = 512 << 20
 _EXAMPLES = """examples:
   python -m runtime.generate BUNDLE --video clip.mp4 --prompt "What happens in this video?"
   python -m runtime.generate BUNDLE --image a.jpg --image b.png --prompt "What differs?" --json
   python -m runtime.generate BUNDLE --messages conversation.json --temperature 0.6 --seed 1
 """
-
-
-class _AddMedia(argparse.Action):
-    """Keeps --image and --video in the order in which they were given."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        kind = (option_string or "").lstrip("-")
-        namespace.media = [*namespace.media, (kind, values)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,21 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="TEXT", help="what to ask; media stand before it")
-    asked.add_argument(
-        "--messages", metavar="FILE", help="JSON: list of messages, or {messages, tools} (OpenAI schema)"
-    )
-    asked.add_argument("--token-ids", metavar="IDS", help="raw prompt: comma-separated token ids")
-    media = parser.add_argument_group("media (repeat for several; they keep their order)")
-    media.add_argument("--image", dest="media", metavar="FILE", action=_AddMedia, default=[])
-    media.add_argument("--video", dest="media", metavar="FILE", action=_AddMedia)
-    media.add_argument("--fps", type=float, help="video frames per second to look at (default 2)")
-    media.add_argument("--max-frames", type=int, metavar="N", help="at most N frames of each video")
-    media.add_argument("--max-pixels", type=int, metavar="N", help="at most N pixels for each image or frame")
-    media.add_argument("--video-start", type=float, metavar="S", help="begin each video at second S")
-    media.add_argument("--video-end", type=float, metavar="S", help="end each video at second S")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt, with --prompt")
+    add_request_arguments(parser)
     output = parser.add_argument_group("generation (unset: the checkpoint's generation_config.json, else greedy)")
     output.add_argument("--max-new-tokens", type=int, metavar="N", help="default 1024, or what the context has left")
     output.add_argument("--temperature", type=float, metavar="T", help="0: greedy, always the likeliest token")
@@ -91,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
 
     progress = ProgressLine()
     engine = Engine.open(args.bundle, progress=progress)
-    prompt = _prepare(engine, args)
+    prompt = prepare_request(engine.processor, args, progress)
     progress.close()
     generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))
     for warning in prompt.warnings:
@@ -108,57 +84,6 @@ def _run(args: argparse.Namespace) -> int:
     else:
         _print_summary(result)
     return 130 if interrupted else 0
-
-
-def _prepare(engine: "Engine", args: argparse.Namespace) -> "Prompt":
-    from runtime.media_options import ImageOptions, VideoOptions
-
-    if args.system is not None and args.prompt is None:
-        raise InputError("--system goes with --prompt only; put a system message into the --messages file")
-    if args.messages is not None and args.media:
-        raise InputError("--image and --video go with --prompt or --token-ids; name media inside the --messages file")
-    limits = {} if args.max_pixels is None else {"max_pixels": args.max_pixels}
-    timing = {"fps": args.fps, "max_frames": args.max_frames}
-    timing |= {"video_start": args.video_start, "video_end": args.video_end}
-    image_options = ImageOptions.from_mapping(limits)
-    video_options = VideoOptions.from_mapping(limits | {k: v for k, v in timing.items() if v is not None})
-    options = {"image_options": image_options, "video_options": video_options}
-    content = [{"type": kind, kind: path} for kind, path in args.media]
-    if args.token_ids is not None:
-        return engine.prepare_token_ids(_token_ids(args.token_ids), content, **options)
-    if args.messages is not None:
-        messages, tools = _read_messages(Path(args.messages))
-        return engine.prepare(messages, tools=tools, **options)
-    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
-    messages.append({"role": "user", "content": [*content, {"type": "text", "text": args.prompt}]})
-    return engine.prepare(messages, **options)
-
-
-def _token_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--token-ids {text[:60]!r} must be whole numbers with commas between them") from None
-
-
-def _read_messages(path: Path) -> tuple[Any, Any]:
-    try:
-        if path.stat().st_size > _MAX_MESSAGES_BYTES:
-            raise InputError(f"{path} is larger than {_MAX_MESSAGES_BYTES >> 20} MiB; name media by path instead")
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); give a JSON file of messages") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not JSON ({error}); give a list of messages") from None
-    if isinstance(document, dict):
-        unknown = set(document) - {"messages", "tools"}
-        if unknown or "messages" not in document:
-            odd = f"has the unknown key {sorted(unknown)[0]!r}" if unknown else "has no 'messages'"
-            raise InputError(f"{path} {odd}; give a list of messages or an object with messages and tools")
-        return document["messages"], document.get("tools")
-    return document, None
 
 
 def _sampling(engine: "Engine", args: argparse.Namespace) -> Any:

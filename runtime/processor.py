@@ -17,7 +17,7 @@ from runtime.processor_settings import ProcessorSettings, SecondResize, check_to
 from runtime.sizing import smart_resize
 from runtime.template import render_template
 from runtime.tokenizer import Tokenizer
-from runtime.video import FrameList, load_video
+from runtime.video import FrameList, load_video, plan_video
 
 __all__ = ["Media", "Processor", "ProcessorSettings", "Prompt"]
 
@@ -91,14 +91,16 @@ class Prompt:
 
 
 class Processor:
-    """Turns conversations into prompts. Without a tokenizer it takes token ids only.
+    """Turns conversations into prompts. Without a tokenizer it takes token ids only. With `decode` false videos are
+    planned from their headers and their frames are black: the prompt has its true length and costs nothing.
 
     Raises InputError if the tokenizer does not belong to the settings.
     """
 
-    def __init__(self, settings: ProcessorSettings, tokenizer: Tokenizer | None = None):
+    def __init__(self, settings: ProcessorSettings, tokenizer: Tokenizer | None = None, *, decode: bool = True):
         self.settings = settings
         self.tokenizer = tokenizer
+        self._decode = decode
         if tokenizer is None:
             return
         check_tokenizer(settings, tokenizer)
@@ -195,6 +197,10 @@ class Processor:
         source = item.source
         if isinstance(source, tuple):
             source = FrameList(source, item.timestamps)
+        if not self._decode:
+            plan = plan_video(source, options)
+            black = np.broadcast_to(np.uint8(0), (len(plan.indices), *plan.size, 3))
+            return Media("video", black, plan.timestamps, item.label, self._grid(black[0]), plan.warnings)
         video = load_video(source, options, progress=lambda done, total: report(f"reading {item.label}", done, total))
         grid = self._grid(video.frames[0])
         return Media("video", video.frames, video.timestamps, item.label, grid, video.warnings)

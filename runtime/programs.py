@@ -1,95 +1,125 @@
-"""The compiled programs: `vision`, `prefill` and `decode` of `keye_jax.graphs` for the static shapes asked for."""
+"""The compiled programs of a bundle, for the static shapes asked for.
 
+One path on every platform: a program is an exported graph, compiled here. A graph that the bundle lacks is exported
+on the spot, stored in the bundle where it can be written, and then treated like any other.
+"""
+
+import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.export import Exported
 
-from keye_jax import graphs
-from keye_jax.cache import abstract_cache
-from keye_jax.config import KeyeConfig
-from keye_jax.params import abstract_params
+from runtime import graphs
+from runtime.aot import Memory, memory
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+from runtime.graphs import DONATED, GraphKey
 
-Compiling = Callable[[str], None]
-"""Called with a program's name and shapes before it is compiled, which can take long."""
+Report = Callable[[str], None]
+"""Called with a line for a person."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled graph. Calling it takes and gives what its function in `keye_jax.graphs` does."""
+
+    key: GraphKey
+    args: tuple[Any, ...]
+    """Its arguments' shapes and dtypes, as trees."""
+    run: Callable[..., Any]
+    memory: Memory
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
 
 
 class Programs:
-    """Compiles each program once per shape.
+    """Loads, or exports, and compiles each graph once.
 
     Args:
-        config: content of config.json.
-        dtype: of weights and activations, "float32" or "bfloat16".
-        indexer_dtype: "fp8", "bf16" or "float32".
-        compiling: told what is about to be compiled.
+        bundle: where graphs come from and go to.
+        report: told what is about to take long, and what was exported.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: str, indexer_dtype: Any, compiling: Compiling | None = None):
-        self.config = KeyeConfig.from_hf(config, indexer_dtype=indexer_dtype)
-        self.dtype = jnp.dtype(dtype)
-        self._params = abstract_params(self.config, self.dtype)
-        self._compiling = compiling or (lambda name: None)
-        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    def __init__(self, bundle: Bundle, report: Report | None = None):
+        self.platform = local_platform()
+        self.compile_s = 0.0
+        """Seconds spent loading, exporting and compiling so far."""
+        self._bundle = bundle
+        self._report = report or (lambda line: None)
+        self._programs: dict[GraphKey, Program] = {}
+        self._tracer: Any = None
 
-    def cache_shapes(self, batch: int, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the cache that `prefill` and `decode` take; see `keye_jax.cache`."""
-        return abstract_cache(self.config, batch, capacity, self.dtype)
-
-    def vision(self, patches: int) -> Callable[..., jax.Array]:
+    def vision(self, patches: int) -> Program:
         """params, patches [N, 3, P, P] float32, grid [N // merge ** 2, 3] int32 → rows [N // merge ** 2, D]."""
-        v = self.config.vision
-        shape = (patches, v.num_channels, v.patch_size, v.patch_size)
-        params = {name: self._params[name] for name in ("vision", "projector")}
-        grid = jax.ShapeDtypeStruct((patches // v.spatial_merge_size**2, 3), jnp.int32)
-        args = (params, jax.ShapeDtypeStruct(shape, jnp.float32), grid)
-        return self._compile(("vision", f"{patches} patches"), graphs.vision, args)
+        return self._get("vision", patches)
 
-    def prefill(self, batch: int, chunk: int, capacity: int) -> Callable[..., Any]:
-        """params, cache, logits, `Chunk` → cache, logits; cache and logits are donated."""
-        inputs = {
-            "tokens": jax.ShapeDtypeStruct((batch, chunk), jnp.int32),
-            "positions": jax.ShapeDtypeStruct((3, batch, chunk), jnp.int32),
-            "vision_rows": jax.ShapeDtypeStruct((batch, chunk, self.config.text.hidden_size), self.dtype),
-            "is_vision": jax.ShapeDtypeStruct((batch, chunk), jnp.bool_),
-            "valid": jax.ShapeDtypeStruct((batch,), jnp.int32),
-        }
-        args = (self._params["text"], self.cache_shapes(batch, capacity), self._logits(batch), inputs)
-        name = ("prefill", f"batch {batch}", f"chunk {chunk}", f"context {capacity}")
-        return self._compile(name, graphs.prefill, args, donate=(1, 2))
+    def prefill(self, batch: int, chunk: int, context: int) -> Program:
+        """params, cache, logits, chunk → cache, logits; cache and logits are donated."""
+        return self._get("prefill", batch, chunk, context)
 
-    def decode(self, batch: int, capacity: int, stop_ids: int) -> Callable[..., Any]:
-        """params, cache, logits, `DecodeState`, steps → cache, logits, state, tokens, finite; donated likewise."""
+    def decode(self, batch: int, context: int) -> Program:
+        """params, cache, logits, state, steps → cache, logits, state, tokens, finite; donated likewise."""
+        return self._get("decode", batch, context)
 
-        def row(dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch,), dtype)
+    def _get(self, program: str, *shape: int) -> Program:
+        key = GraphKey(program, self.platform, 1, shape)
+        if key not in self._programs:
+            begin = time.perf_counter()
+            self._programs[key] = self._compile(key, self._load(key))
+            self.compile_s += time.perf_counter() - begin
+        return self._programs[key]
 
-        state = {
-            "delta": row(jnp.int32),
-            "done": row(jnp.bool_),
-            "budget": row(jnp.int32),
-            "stop_ids": jax.ShapeDtypeStruct((stop_ids,), jnp.int32),
-            "sampling": {
-                "temperature": row(jnp.float32),
-                "top_p": row(jnp.float32),
-                "top_k": row(jnp.int32),
-                "seed": row(jnp.uint32),
-            },
-        }
-        cache = self.cache_shapes(batch, capacity)
-        args = (self._params["text"], cache, self._logits(batch), state, jax.ShapeDtypeStruct((), jnp.int32))
-        name = ("decode", f"batch {batch}", f"context {capacity}", f"{stop_ids} stop ids")
-        return self._compile(name, graphs.decode, args, donate=(1, 2))
+    def _load(self, key: GraphKey) -> Exported:
+        entry = self._bundle.graphs.get(key)
+        if entry is not None:
+            return graphs.load(self._bundle.path, entry)
+        self._report(f"exporting {key.name}, which the bundle lacks")
+        exported = self._export(key)
+        try:
+            self._bundle.add_graph(key, exported)
+        except OSError as error:
+            self._report(f"keeping {key.name} for this run only: the bundle cannot be written ({error.strerror})")
+        return exported
 
-    def _logits(self, batch: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, self.config.text.vocab_size), jnp.float32)
+    def _export(self, key: GraphKey) -> Exported:
+        if self._tracer is None:
+            try:
+                from runtime.trace import Tracer
+            except ImportError as error:
+                raise InputError(
+                    f"the bundle has no graph {key.name}, and exporting it needs the package {error.name!r}; "
+                    f"where that is installed, run: {key.export_command(self._bundle.path)}"
+                ) from None
+            self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
+        return self._tracer.export(key)
 
-    def _compile(
-        self, name: tuple[str, ...], function: Callable[..., Any], args: Any, donate: tuple[int, ...] = ()
-    ) -> Callable[..., Any]:
-        if name not in self._compiled:
-            self._compiling(", ".join(name))
-            program = jax.jit(partial(function, config=self.config), donate_argnums=donate)
-            self._compiled[name] = program.lower(*args).compile()
-        return self._compiled[name]
+    def _compile(self, key: GraphKey, exported: Exported) -> Program:
+        args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        _check_params(key, args[0], self._bundle.abstract_params())
+        self._report(f"compiling {key.name}")
+        compiled = jax.jit(exported.call, donate_argnums=DONATED[key.program]).lower(*args).compile()
+        return Program(key, args, compiled, memory(compiled))
+
+
+def local_platform() -> str:
+    """The default backend by the name that jax.export knows it by."""
+    backend = jax.default_backend()
+    return {"gpu": "cuda"}.get(backend, backend)
+
+
+def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any]) -> None:
+    """The weights that the graph was traced for must be those of the bundle."""
+    subtree = stored["text"] if key.program != "vision" else {n: stored[n] for n in ("vision", "projector")}
+    mine = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(subtree)}
+    theirs = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise InputError(
+                f"graph {key.name} was made for other weights ({name} differs from the bundle's); make it again: "
+                + key.export_command("BUNDLE")
+            )

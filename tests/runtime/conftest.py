@@ -1,8 +1,8 @@
 """Bundles that the runtime's tests share: converting and compiling them once is most of their time."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from convert.convert import convert
@@ -11,10 +11,11 @@ from runtime.engine import Engine
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every command compiles its programs anew; equal ones come from this cache from the second time on."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runtime's compilation cache, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -127,7 +127,7 @@ def test_greedy_rows_stay_greedy_beside_sampled_ones(golden: Golden, golden_engi
 def test_logits_that_are_not_finite_are_an_error_not_an_answer(golden: Golden, golden_engine: Engine) -> None:
     good = golden_engine.executor()
     text = {**good._text, "norm": good._text["norm"].at[0].set(np.nan)}
-    broken = Executor(good._programs, {"text": text, **good._vision}, good._pad_ids)
+    broken = Executor(good.programs, {"text": text, **good._vision}, good._facts)
     with pytest.raises(GenerationError, match="not finite"):
         generate(broken, [golden_prompt(golden, case) for case in CASES])
 
@@ -142,6 +142,6 @@ def test_the_decode_loop_never_compiles_again(golden: Golden, golden_engine: Eng
     executor = golden_engine.executor()
     prompts = [golden_prompt(golden, case) for case in CASES]
     generate(executor, prompts)
-    before = dict(executor._programs._compiled)
+    before = dict(executor.programs._programs)
     generate(executor, prompts, new=[5, 9, 16, 1, 2, 3])
-    assert executor._programs._compiled == before
+    assert executor.programs._programs == before

@@ -1,0 +1,111 @@
+"""`python -m runtime.export`: traces a bundle's programs into graphs for a platform, on any host."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from runtime.errors import InputError
+
+_EXAMPLES = """examples:
+  python -m runtime.export BUNDLE --platform cpu
+  python -m runtime.export BUNDLE --platform cuda --context 32768
+  python -m runtime.export BUNDLE --platform tpu --topology v5e:2x4
+
+No accelerator is needed: a laptop makes the graphs of a TPU pod. Exported graphs are code; a bundle runs only
+those that its manifest lists.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code: 0, or 2 for input that cannot be served."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except ValueError as error:
+        # InputError, and keye_jax's ConfigError, which this command must not import to name.
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime.export",
+        description="Exports a bundle's programs (vision, prefill, decode) for a platform and stores them in it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
+    parser.add_argument("--platform", required=True, choices=("cuda", "tpu", "cpu"))
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--topology", metavar="NAME", help="TPU chips to shard over, such as v5e:2x4")
+    target.add_argument("--devices", type=int, metavar="N", help="devices to shard over (default 1)")
+    parser.add_argument("--context", type=int, metavar="N", help="contexts up to N tokens (default: the model's)")
+    parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: 64 and 512)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences side by side (default 1)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from runtime import buckets
+    from runtime.bundle import Bundle
+    from runtime.graphs import GraphKey
+    from runtime.processor_settings import ProcessorSettings
+    from runtime.progress import ProgressLine
+
+    for name in ("context", "chunk", "batch", "devices"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    if args.topology is not None and args.platform != "tpu":
+        raise InputError(f"--topology names TPU chips; use --devices for --platform {args.platform}")
+    devices = topology_devices(args.topology) if args.topology else args.devices or 1
+    bundle = Bundle.open(args.bundle)
+    settings = ProcessorSettings.from_dict(bundle.processor_settings)
+    limit = buckets.context_limit(settings.max_position_embeddings)
+    if args.context is not None:
+        limit = buckets.context(args.context, limit)
+
+    from runtime.trace import Tracer
+
+    progress = ProgressLine()
+    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    keys = [
+        GraphKey(program, args.platform, devices, shape)
+        for program, shape in buckets.all_shapes(limit, chunk=args.chunk, batch=args.batch)
+    ]
+    for number, key in enumerate(keys):
+        progress(f"exporting {key.name}", number, len(keys))
+        exported = tracer.export(key)
+        entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
+        progress.close()
+        kernels = ", ".join(entry.kernels) or "no custom kernels"
+        print(f"{key.name}: {entry.bytes:,} bytes, {kernels}")
+    print(f"{len(keys)} graphs for {devices} x {args.platform} in {bundle.path}")
+    return 0
+
+
+def topology_devices(name: str) -> int:
+    """Devices of a TPU topology such as "v5e:2x4": the product of its extents.
+
+    Raises:
+        InputError: a name of another form.
+    """
+    chip, _, extents = name.partition(":")
+    try:
+        sizes = [int(extent) for extent in extents.split("x")]
+    except ValueError:
+        sizes = []
+    if not chip or not 2 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise InputError(f"--topology {name!r} must look like v5e:2x4 or v5p:2x2x1")
+    count = 1
+    for size in sizes:
+        count *= size
+    # Each v7x chip shows itself as two devices.
+    return count * (2 if chip.startswith("tpu7x") else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

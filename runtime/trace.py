@@ -1,0 +1,90 @@
+"""Traces the model's programs into exported graphs. The only module of the runtime that imports `keye_jax`.
+
+Needs no accelerator: shapes stand in for weights, and an abstract mesh for devices.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from keye_jax import graphs, sharding
+from keye_jax.cache import abstract_cache
+from keye_jax.config import KeyeConfig
+from keye_jax.params import abstract_params
+from runtime.graphs import DONATED, GraphKey
+
+
+class Tracer:
+    """Traces the graphs of one model.
+
+    Args:
+        config: content of config.json.
+        dtype: of weights and activations.
+        indexer_dtype: "fp8", "bf16" or "float32".
+
+    Raises:
+        ConfigError: a configuration this library does not run.
+    """
+
+    def __init__(self, config: Mapping[str, Any], dtype: str, indexer_dtype: Any):
+        self._config = KeyeConfig.from_hf(config, indexer_dtype=indexer_dtype)
+        self._dtype = jnp.dtype(dtype)
+        self._params = abstract_params(self._config, self._dtype)
+
+    def export(self, key: GraphKey) -> export.Exported:
+        """The graph that `key` names: weights sharded over its devices by rule, everything else replicated."""
+        function, names, rest = getattr(self, f"_{key.program}")(*key.shape)
+        params: Any = {name: self._params[name] for name in names}
+        mesh = sharding.abstract_mesh(key.devices)
+        shardings = {name: sharding.param_shardings(self._config, mesh)[name] for name in names}
+        if names == ("text",):
+            params, shardings = params["text"], shardings["text"]
+        program = partial(function, config=self._config)
+        options: dict[str, Any] = {"donate_argnums": DONATED[key.program]}
+        if key.devices > 1:
+            options["in_shardings"] = (shardings, *(sharding.replicated_like(arg, mesh) for arg in rest))
+        return export.export(jax.jit(program, **options), platforms=[key.platform])(params, *rest)
+
+    def _vision(self, patches: int) -> Any:
+        v = self._config.vision
+        pixels = _array((patches, v.num_channels, v.patch_size, v.patch_size), jnp.float32)
+        grid = _array((patches // v.spatial_merge_size**2, 3), jnp.int32)
+        return graphs.vision, ("vision", "projector"), (pixels, grid)
+
+    def _prefill(self, batch: int, chunk: int, context: int) -> Any:
+        inputs = {
+            "tokens": _array((batch, chunk), jnp.int32),
+            "positions": _array((3, batch, chunk), jnp.int32),
+            "vision_rows": _array((batch, chunk, self._config.text.hidden_size), self._dtype),
+            "is_vision": _array((batch, chunk), jnp.bool_),
+            "valid": _array((batch,), jnp.int32),
+        }
+        return graphs.prefill, ("text",), (*self._carried(batch, context), inputs)
+
+    def _decode(self, batch: int, context: int) -> Any:
+        state = {
+            "delta": _array((batch,), jnp.int32),
+            "done": _array((batch,), jnp.bool_),
+            "budget": _array((batch,), jnp.int32),
+            "stop_ids": _array((graphs.STOP_IDS,), jnp.int32),
+            "sampling": {
+                "temperature": _array((batch,), jnp.float32),
+                "top_p": _array((batch,), jnp.float32),
+                "top_k": _array((batch,), jnp.int32),
+                "seed": _array((batch,), jnp.uint32),
+            },
+        }
+        return graphs.decode, ("text",), (*self._carried(batch, context), state, _array((), jnp.int32))
+
+    def _carried(self, batch: int, context: int) -> tuple[Any, Any]:
+        """What prefill and decode hand on: the cache and the logits."""
+        logits = _array((batch, self._config.text.vocab_size), jnp.float32)
+        return abstract_cache(self._config, batch, context, self._dtype), logits
+
+
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
