@@ -1,56 +1,22 @@
 """Prompts of tokens and patches through the programs: the golden cases, batches, growth, stopping, sampling."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 
+from benchmarks.portable import CASES, GoldenPrompt
+from benchmarks.portable import golden_prompt as read_prompt
 from runtime import buckets
 from runtime.engine import Engine
 from runtime.errors import GenerationError, InputError
 from runtime.executor import Executor
-from runtime.positions import position_ids
 from runtime.sampling import SamplingOptions
 
-CASES = ("text_short", "text_long", "image", "video", "two_images", "mixed")
 GREEDY = SamplingOptions()
 Golden = dict[str, np.ndarray]
 
 
-@dataclass
-class GoldenPrompt:
-    """A prompt whose patches are given, as the golden file has them."""
-
-    token_ids: np.ndarray
-    position_ids: np.ndarray
-    delta: int
-    batches: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    def patch_batches(self, max_patches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return iter(self.batches)
-
-
 def golden_prompt(golden: Golden, case: str) -> GoldenPrompt:
-    """The case's prompt, with one batch of patches for each image or frame in the order of the pad tokens."""
-    ids = golden[f"{case}/input_ids"]
-    frames: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for pad, pixels, grid in ((502, "pixel_values", "image_grid_thw"), (503, "pixel_values_videos", "video_grid_thw")):
-        if f"{case}/{pixels}" in golden:
-            grids = golden[f"{case}/{grid}"]
-            ends = np.cumsum(grids.prod(axis=1))[:-1]
-            frames[pad] = list(zip(np.split(golden[f"{case}/{pixels}"], ends), grids[:, None], strict=True))
-    batches, i = [], 0
-    while i < len(ids):
-        if ids[i] in frames:
-            batches.append(frames[int(ids[i])].pop(0))
-            i += len(batches[-1][0]) // 4
-        else:
-            i += 1
-    grids = [grid[0] for _, grid in batches]
-    positions, delta = position_ids(ids, np.array(grids).reshape(-1, 3), image_token_id=502, video_token_id=503)
-    np.testing.assert_array_equal(positions, golden[f"{case}/position_ids"])
-    return GoldenPrompt(ids, positions, delta, batches)
+    return read_prompt(golden, case, image_id=502, video_id=503)
 
 
 def generate(
