@@ -1,13 +1,21 @@
 """Compiles graphs ahead of time, for the devices here or for a TPU topology that is not, and says what they need."""
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import InputError
 from runtime.graphs import DONATED, GraphKey
 
 if TYPE_CHECKING:
     from jax.export import Exported
+
+# An operation's name stands between its result's type and its operands; asynchronous ones start once.
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,16 @@ class Memory:
         return self.arguments + self.results - self.aliased + self.temporaries
 
 
-def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> Memory:
+@dataclass(frozen=True)
+class Compiled:
+    """What is known of a program for devices that are not here."""
+
+    memory: Memory
+    collectives: Mapping[str, int]
+    """Communication operations in the compiled text by kind; one inside a loop counts once."""
+
+
+def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> Compiled:
     """Compiles a graph for TPU chips that need not exist; libtpu must be installed.
 
     Args:
@@ -59,12 +76,12 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
         raise InputError(
             f"graph {key.name} does not compile for {topology}: {str(error).splitlines()[0]:.300}"
         ) from None
-    return memory(compiled)
+    return Compiled(memory(compiled), dict(Counter(_COLLECTIVE.findall(compiled.as_text() or ""))))
 
 
-def memory(compiled: object) -> Memory:
+def memory(compiled: Any) -> Memory:
     """What XLA says of a compiled program."""
-    stats = compiled.memory_analysis()  # pyright: ignore[reportAttributeAccessIssue]
+    stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
         results=stats.output_size_in_bytes,

@@ -1,5 +1,7 @@
 """The static shapes of the compiled programs, chosen in one place. Few sizes: each is a compilation."""
 
+from collections.abc import Sequence
+
 from runtime.errors import InputError
 
 CONTEXTS = (512, 2048, 8192, 32768, 65536, 131072, 262144)
@@ -43,9 +45,12 @@ def contexts(limit: int) -> tuple[int, ...]:
     return (*(c for c in CONTEXTS if c < whole), whole)
 
 
-def chunk(prompt_tokens: int) -> int:
-    """Chunk length of a prompt's prefill."""
-    return next((c for c in CHUNKS if prompt_tokens <= c), CHUNKS[-1])
+def chunk(prompt_tokens: int, exported: Sequence[int] = ()) -> int:
+    """Chunk length of a prompt's prefill: of the exported ones the smallest that holds the prompt, else the largest."""
+    standard = next((c for c in CHUNKS if prompt_tokens <= c), CHUNKS[-1])
+    best = min((c for c in exported if c >= prompt_tokens), default=max(exported, default=standard))
+    # A graph for short prompts does not keep longer ones from getting their own.
+    return standard if best == CHUNKS[0] < standard else best
 
 
 def patches(count: int) -> int:

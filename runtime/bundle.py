@@ -37,6 +37,7 @@ from runtime.manifest import (
     parse_groups,
     read_manifest,
     typed,
+    write_file,
     write_manifest,
 )
 
@@ -171,7 +172,7 @@ class Bundle:
             stored = parse_graphs(manifest["graphs"])
             old = stored.get(key)
             # A name of its own content: until the manifest changes, the old graph stays whole.
-            (self.path / entry.file).write_bytes(content)
+            write_file(self.path / entry.file, content)
             stored[key] = entry
             write_manifest(self.path, {**manifest, "graphs": [g.to_json() for _, g in sorted(stored.items())]})
             if old is not None and old.file != entry.file:
@@ -280,6 +281,6 @@ def _insert(tree: dict[str, Any], leaf: str, value: Any) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

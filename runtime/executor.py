@@ -172,7 +172,8 @@ class Executor:
     ) -> tuple[Any, Any]:
         lengths = np.array([len(p.token_ids) for p in prompts])
         longest, batch = int(lengths.max()), len(prompts)
-        size, context = buckets.chunk(longest), buckets.context(longest, self._limit)
+        context = buckets.context(longest, self._limit)
+        size = self.programs.chunk(batch, context, longest)
         program = self._timed(timings, self.programs.prefill, batch, size, context)
         begin = time.perf_counter()
         # Zeros, not empty memory: unwritten slots take part in masked sums, where a NaN would survive.

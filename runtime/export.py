@@ -1,6 +1,8 @@
 """`python -m runtime.export`: traces a bundle's programs into graphs for a platform, on any host."""
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,12 +17,19 @@ No accelerator is needed: a laptop makes the graphs of a TPU pod. Exported graph
 those that its manifest lists.
 """
 
+_MAX_BATCH, _MAX_DEVICES = 4096, 65536
+# Each v7x chip shows itself as two devices.
+_DEVICES_OF_CHIP = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, or 2 for input that cannot be served."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted; the graphs named so far are in the bundle", file=sys.stderr)
+        return 130
     except ValueError as error:
         # InputError, and keye_jax's ConfigError, which this command must not import to name.
         if args.debug:
@@ -55,18 +64,17 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.processor_settings import ProcessorSettings
     from runtime.progress import ProgressLine
 
-    for name in ("context", "chunk", "batch", "devices"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
     if args.topology is not None and args.platform != "tpu":
         raise InputError(f"--topology names TPU chips; use --devices for --platform {args.platform}")
-    devices = topology_devices(args.topology) if args.topology else args.devices or 1
     bundle = Bundle.open(args.bundle)
     settings = ProcessorSettings.from_dict(bundle.processor_settings)
-    limit = buckets.context_limit(settings.max_position_embeddings)
-    if args.context is not None:
-        limit = buckets.context(args.context, limit)
+    longest = buckets.contexts(buckets.context_limit(settings.max_position_embeddings))[-1]
+    for name, most in {"context": longest, "chunk": longest, "batch": _MAX_BATCH, "devices": _MAX_DEVICES}.items():
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
+    devices = args.devices or 1 if args.topology is None else topology_devices(args.topology)
+    limit = longest if args.context is None else buckets.context(args.context, longest)
 
     from runtime.trace import Tracer
 
@@ -79,7 +87,12 @@ def _run(args: argparse.Namespace) -> int:
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
         exported = tracer.export(key)
-        entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
+        try:
+            entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
+        except OSError as error:
+            raise InputError(
+                f"{bundle.path} cannot be written ({error.strerror}); make it writable, or copy it and export there"
+            ) from None
         progress.close()
         kernels = ", ".join(entry.kernels) or "no custom kernels"
         print(f"{key.name}: {entry.bytes:,} bytes, {kernels}")
@@ -88,23 +101,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def topology_devices(name: str) -> int:
-    """Devices of a TPU topology such as "v5e:2x4": the product of its extents.
+    """Devices of a TPU topology such as "v5e:2x4".
 
     Raises:
-        InputError: a name of another form.
+        InputError: a name of another form, or chips that are not known here.
     """
     chip, _, extents = name.partition(":")
-    try:
-        sizes = [int(extent) for extent in extents.split("x")]
-    except ValueError:
-        sizes = []
-    if not chip or not 2 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise InputError(f"--topology {name!r} must look like v5e:2x4 or v5p:2x2x1")
-    count = 1
-    for size in sizes:
-        count *= size
-    # Each v7x chip shows itself as two devices.
-    return count * (2 if chip.startswith("tpu7x") else 1)
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", extents):
+        raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
+    if chip not in _DEVICES_OF_CHIP:
+        raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(_DEVICES_OF_CHIP)}; use --devices N")
+    return _DEVICES_OF_CHIP[chip] * math.prod(map(int, extents.split("x")))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ graphs that the manifest lists, with the size and sha256 it gives, are ever dese
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -57,11 +58,12 @@ class GraphKey:
         return "-".join([self.program, self.platform, f"d{self.devices}", *sizes])
 
     def export_command(self, bundle: object) -> str:
-        """The command line that makes this graph."""
+        """The command line that makes this graph, and others that go with it."""
         named = dict(zip(SHAPE_NAMES[self.program], self.shape, strict=True))
         options = [f"--{name} {named[name]}" for name in ("context", "chunk", "batch") if name in named]
         devices = [f"--devices {self.devices}"] if self.devices > 1 else []
-        return " ".join(["python -m runtime.export", str(bundle), f"--platform {self.platform}", *devices, *options])
+        bundle = shlex.quote(str(bundle))
+        return " ".join(["python -m runtime.export", bundle, f"--platform {self.platform}", *devices, *options])
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class GraphEntry:
     def from_json(cls, raw: Any) -> "GraphEntry":
         """Raises InputError for anything but what `to_json` writes."""
         try:
-            return cls._parse(dict(raw))
+            return cls._parse(_object(raw))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"manifest.json describes a graph wrongly ({type(error).__name__}: {error}); "
-                "copy the bundle again or repeat python -m runtime.export"
+                f"manifest.json of the bundle is damaged: it describes a graph wrongly ({error!r:.200}); "
+                "copy the whole bundle again or convert again"
             ) from None
 
     @classmethod
@@ -107,10 +109,10 @@ class GraphEntry:
         program, platform, devices, named = (raw.pop(name) for name in ("program", "platform", "devices", "shape"))
         if program not in SHAPE_NAMES or platform not in PLATFORMS:
             raise ValueError(f"program {program!r:.40} on platform {platform!r:.40}")
-        if set(named) != set(SHAPE_NAMES[program]):
+        if set(_object(named)) != set(SHAPE_NAMES[program]):
             raise ValueError(f"shape {named!r:.80}")
         shape = tuple(named[name] for name in SHAPE_NAMES[program])
-        mesh, kernels = dict(raw.pop("mesh")), dict(raw.pop("kernels"))
+        mesh, kernels = _object(raw.pop("mesh")), _object(raw.pop("kernels"))
         counts = (devices, raw["bytes"], *shape, *mesh.values())
         if any(type(n) is not int or not 0 < n <= _MAX_EXTENT for n in counts) or raw["bytes"] > _MAX_GRAPH_BYTES:
             raise ValueError(f"sizes {counts!r:.80}")
@@ -123,6 +125,12 @@ class GraphEntry:
         if not _FILE.fullmatch(entry.file) or not _SHA256.fullmatch(entry.sha256):
             raise ValueError(f"file {entry.file!r:.80} or its sha256")
         return entry
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise TypeError(f"{value!r:.80} is no object")
+    return dict(value)
 
 
 def describe(key: GraphKey, exported: "Exported", device_kind: str) -> tuple[GraphEntry, bytes]:
@@ -182,7 +190,32 @@ def load(root: Path, entry: GraphEntry) -> "Exported":
             f"graph {path} is for {exported.nr_devices} x {'/'.join(exported.platforms)}, "
             f"manifest.json says {entry.key.devices} x {entry.key.platform}; {mend}"
         )
+    if _shape(entry.key.program, exported) != entry.key.shape:
+        raise InputError(f"graph {path} takes arrays of other shapes than {entry.key.name} in manifest.json; {mend}")
     return exported
+
+
+def arguments(exported: "Exported") -> tuple[Any, ...]:
+    """A graph's arguments as trees of shapes and dtypes."""
+    import jax
+
+    args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    return args
+
+
+def _shape(program: str, exported: "Exported") -> tuple[int, ...] | None:
+    """The sizes of SHAPE_NAMES as the arguments have them; None for arguments of another program."""
+    try:
+        args = arguments(exported)
+        if program == "vision":
+            return (args[1].shape[0],)
+        _, batch, context = args[1]["kv"].shape[:3]
+        if program == "decode":
+            return (batch, context) if "delta" in args[3] else None
+        rows, chunk = args[3]["tokens"].shape
+        return (batch, chunk, context) if rows == batch else None
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
 def _check_version(entry: GraphEntry, mend: str) -> None:

@@ -66,15 +66,23 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Puts a manifest in place in one step, on disk before it has its name. Raises OSError."""
-    path = root / MANIFEST
-    temporary = path.with_suffix(".json.new")
+    """Puts a manifest with its digest in place. Raises OSError."""
     content = json.dumps({**manifest, "sha256": manifest_digest(manifest)}, indent=1)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(root / MANIFEST, content.encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Puts a file in place in one step, on disk before it has its name. Raises OSError and leaves nothing behind."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def leaf_groups(groups: Mapping[str, StoredGroup]) -> dict[str, list[str]]:

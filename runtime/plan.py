@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:
         # InputError, and keye_jax's ConfigError, which this command must not import to name.
         if args.debug:
@@ -62,19 +65,21 @@ def _run(args: argparse.Namespace) -> int:
     limit = buckets.context_limit(settings.max_position_embeddings)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
-    last = buckets.context(length + args.max_new_tokens, limit)
+    first, last = buckets.context(length, limit), buckets.context(length + args.max_new_tokens, limit)
 
     from runtime import compile_cache
     from runtime.programs import Programs, local_platform
 
     compile_cache.enable()
     programs = Programs(bundle, lambda line: progress(line, 0, 0))
-    used = [programs.prefill(1, buckets.chunk(length), buckets.context(length, limit)), programs.decode(1, last)]
-    batches = [len(patches) for patches, _ in prompt.patch_batches(buckets.MAX_BATCH_PATCHES)]
-    used += [programs.vision(size) for size in sorted({buckets.patches(count) for count in batches})]
+    used = [programs.prefill(1, programs.chunk(1, first, length), first), programs.decode(1, last)]
+    counts = prompt.patch_counts(buckets.MAX_BATCH_PATCHES)
+    used += [programs.vision(size) for size in sorted({buckets.patches(count) for count in counts})]
     progress.close()
     print(f"platform: {local_platform()}, 1 device")
-    return 0 if _describe_memory(bundle, used) else 1
+    # Moving up to a larger cache takes both for a moment.
+    outgrown = [size for size in buckets.contexts(limit) if first <= size < last]
+    return 0 if _describe_memory(bundle, used, outgrown[-1] / last if outgrown else 0.0) else 1
 
 
 def _describe_prompt(prompt: "Prompt") -> Iterator[str]:
@@ -92,20 +97,24 @@ def _describe_prompt(prompt: "Prompt") -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in prompt.warnings)
 
 
-def _describe_memory(bundle: "Bundle", used: "Sequence[Program]") -> bool:
-    """Prints the graphs and the memory they need. Returns whether that fits the device."""
+def _describe_memory(bundle: "Bundle", used: "Sequence[Program]", outgrown: float) -> bool:
+    """Prints the graphs and the memory they need. Returns whether that fits the device.
+
+    Args:
+        outgrown: size of the largest cache that the answer outgrows, as a part of the last one; 0: none.
+    """
     import jax
 
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(bundle.abstract_params()))
     cache = max(_bytes(program.args[1]) for program in used if program.key.program == "decode")
-    activations = max(program.memory.temporaries for program in used)
+    activations = max(round(cache * outgrown), *(program.memory.temporaries for program in used))
     for program in used:
         temporaries = program.memory.temporaries / _GIB
         print(f"graph {program.key.name}: {temporaries:.3f} GiB of activations")
     total = weights + cache + activations
     print(
         f"memory: {weights / _GIB:.2f} GiB weights + {cache / _GIB:.2f} GiB cache + {activations / _GIB:.2f} GiB "
-        f"activations = {total / _GIB:.2f} GiB"
+        f"activations and copies = {total / _GIB:.2f} GiB"
     )
     available = device_memory()
     fits = total <= available

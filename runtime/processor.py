@@ -1,5 +1,6 @@
 """Messages and media in, model input out: token ids, positions, patches."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,6 +64,14 @@ class Prompt:
         A batch holds whole frames and at most `max_patches` patches, unless one frame alone has more. Pixels become
         floats here, batch by batch: an hour of video as float32 would take four times the memory of its frames.
         """
+        return map(self._patches, self._batches(max_patches))
+
+    def patch_counts(self, max_patches: int) -> list[int]:
+        """Patches in each of `patch_batches`, without making them."""
+        batches = self._batches(max_patches)
+        return [sum(len(frames) * math.prod(media.grid) for media, frames in batch) for batch in batches]
+
+    def _batches(self, max_patches: int) -> Iterator[list[tuple[Media, np.ndarray]]]:
         batch: list[tuple[Media, np.ndarray]] = []
         used = 0
         for media in self.media:
@@ -70,14 +79,14 @@ class Prompt:
             while start < len(media.frames):
                 count = min((max_patches - used) // size, len(media.frames) - start)
                 if count < 1 and batch:
-                    yield self._patches(batch)
+                    yield batch
                     batch, used = [], 0
                     continue
                 count = max(count, 1)
                 batch.append((media, media.frames[start : start + count]))
                 start, used = start + count, used + count * size
         if batch:
-            yield self._patches(batch)
+            yield batch
 
     def _patches(self, batch: list[tuple[Media, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         patches, grids = [], []

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.export import Exported
 
-from runtime import graphs
+from runtime import buckets, graphs
 from runtime.aot import Memory, memory
 from runtime.bundle import Bundle
 from runtime.errors import InputError
@@ -65,6 +65,12 @@ class Programs:
         """params, cache, logits, state, steps → cache, logits, state, tokens, finite; donated likewise."""
         return self._get("decode", batch, context)
 
+    def chunk(self, batch: int, context: int, prompt_tokens: int) -> int:
+        """Chunk length for a prompt's prefill; one that the bundle has a graph for, where it suits the prompt."""
+        keys = [k for k in self._bundle.graphs if (k.program, k.platform, k.devices) == ("prefill", self.platform, 1)]
+        exported = [k.shape[1] for k in keys if (k.shape[0], k.shape[2]) == (batch, context)]
+        return buckets.chunk(prompt_tokens, exported)
+
     def _get(self, program: str, *shape: int) -> Program:
         key = GraphKey(program, self.platform, 1, shape)
         if key not in self._programs:
@@ -94,14 +100,23 @@ class Programs:
                     f"the bundle has no graph {key.name}, and exporting it needs the package {error.name!r}; "
                     f"where that is installed, run: {key.export_command(self._bundle.path)}"
                 ) from None
-            self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
+            try:
+                self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
+            except ValueError as error:
+                # keye_jax's ConfigError, which only the tracing module may import.
+                raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
         return self._tracer.export(key)
 
     def _compile(self, key: GraphKey, exported: Exported) -> Program:
-        args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        _check_params(key, args[0], self._bundle.abstract_params())
+        args = graphs.arguments(exported)
+        mend = f"make it again: {key.export_command(self._bundle.path)}"
+        _check_params(key, args[0], self._bundle.abstract_params(), mend)
         self._report(f"compiling {key.name}")
-        compiled = jax.jit(exported.call, donate_argnums=DONATED[key.program]).lower(*args).compile()
+        try:
+            compiled = jax.jit(exported.call, donate_argnums=DONATED[key.program]).lower(*args).compile()
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0][:300]
+            raise InputError(f"graph {key.name} does not compile here ({reason}); {mend}") from None
         return Program(key, args, compiled, memory(compiled))
 
 
@@ -111,7 +126,7 @@ def local_platform() -> str:
     return {"gpu": "cuda"}.get(backend, backend)
 
 
-def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any]) -> None:
+def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any], mend: str) -> None:
     """The weights that the graph was traced for must be those of the bundle."""
     subtree = stored["text"] if key.program != "vision" else {n: stored[n] for n in ("vision", "projector")}
     mine = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(subtree)}
@@ -119,7 +134,4 @@ def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any]) -> None
     for name in sorted(mine.keys() | theirs.keys()):
         a, b = mine.get(name), theirs.get(name)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise InputError(
-                f"graph {key.name} was made for other weights ({name} differs from the bundle's); make it again: "
-                + key.export_command("BUNDLE")
-            )
+            raise InputError(f"graph {key.name} was made for other weights ({name} differs from the bundle's); {mend}")

@@ -1,13 +1,18 @@
-"""What every test folder shares: the golden data and how hypothesis runs."""
+"""What every test folder shares: the golden data, bundles (making and compiling them once is most of the time), and how
+hypothesis runs."""
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
 
 # The same examples on every machine and no time limit per example: the first one of a shape compiles.
 settings.register_profile("keye", deadline=None, derandomize=True, print_blob=True)
@@ -53,3 +58,47 @@ def golden_batch(golden: dict[str, np.ndarray], golden_configs: dict[str, Any]) 
     from tests.keye_jax.golden_prompts import padded_batch
 
     return padded_batch(golden, golden_configs["fp8_off"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runtime's compilation cache, apart from the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint in float32; it has no tokenizer."""
+    from convert.convert import convert
+
+    target = tmp_path_factory.mktemp("golden") / "bundle"
+    convert(GOLDEN / "checkpoint", target, dtype="float32")
+    return target
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with a tokenizer."""
+    from convert.convert import convert
+    from examples.tiny_checkpoint import write_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(folder / "hf", seed=3)
+    convert(folder / "hf", folder / "bundle", dtype="float32")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def golden_engine(golden_bundle: Path) -> "Engine":
+    from runtime.engine import Engine
+
+    return Engine.load(golden_bundle)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_bundle: Path) -> "Engine":
+    from runtime.engine import Engine
+
+    return Engine.load(tiny_bundle)

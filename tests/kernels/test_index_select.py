@@ -139,7 +139,7 @@ def test_scores_of_visible_keys(seed: int, capacity: int, dtype: Any, layer: int
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    shape=st.sampled_from([(32, 1, 1), (32, 5, 3), (96, 5, 32), (96, 5, 96), (96, 5, 500), (1120, 5, 40)]),
+    shape=st.sampled_from([(32, 1, 1), (96, 5, 32), (96, 5, 96), (96, 5, 500), (1120, 5, 40)]),
     place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 @example(seed=1, shape=(96, 5, 32), place=(0.0, 0.0))  # fewer keys than topk

@@ -33,12 +33,14 @@ class Trace:
 
     def smallest_gap(self, topk: int) -> float:
         """Smallest distance between the last chosen and the first refused score, relative to its row's largest: how
-        much rounding may change a score before it changes a set."""
+        much rounding may change a score before it changes a set. Scores of exactly zero (all heads rectified) are
+        equal in any arithmetic and do not count."""
         gaps = [math.inf]
         for layer in self.scores:
             for t in range(topk, len(layer)):
                 best = np.sort(layer[t, : t + 1])[::-1]
-                gaps.append((best[topk - 1] - best[topk]) / np.abs(best).max())
+                if best[topk - 1] or best[topk]:
+                    gaps.append((best[topk - 1] - best[topk]) / np.abs(best).max())
         return min(gaps)
 
 
@@ -254,7 +256,7 @@ def encode_frame(
         x = _vision_block(layer_of(vision["layers"], number), x, angles, config)
     post = vision["post_layernorm"]
     x = np.array([layer_norm(row, post["weight"], post["bias"], config.layer_norm_eps) for row in x])
-    return _project(weights["projector"], x.reshape(rows, columns, -1), config.spatial_merge_size)
+    return project_frame(weights["projector"], x.reshape(rows, columns, -1), config.spatial_merge_size)
 
 
 def _vision_block(
@@ -275,8 +277,9 @@ def _vision_block(
     return x + hidden @ block["fc2"]["weight"] + block["fc2"]["bias"]
 
 
-def _project(params: Mapping[str, Any], x: np.ndarray, merge: int) -> np.ndarray:
-    """x [rows, columns, C]: each block of merge x merge patches becomes one row, its patches row-major."""
+def project_frame(params: Mapping[str, Any], x: np.ndarray, merge: int) -> np.ndarray:
+    """The projector on x [rows, columns, C]: each block of merge x merge patches becomes one row, its patches
+    row-major."""
     rows = []
     for r in range(0, x.shape[0], merge):
         for c in range(0, x.shape[1], merge):

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keye_jax import KeyeConfig, KeyeVL, graphs
+from keye_jax.params import map_specs
 from tests.keye_jax.dense_numpy import Trace, decode_text
 from tests.keye_jax.golden_prompts import CASES, LENGTH, MODES
 from tests.keye_jax.tiny import (
@@ -50,7 +51,6 @@ def resized(text: dict[str, Any] | None = None, sparse: dict[str, Any] | None = 
 
 
 VARIANTS = {
-    "tiny": TINY,
     "one KV head, 5 experts": resized({"num_key_value_heads": 1, "num_experts": 5, "num_experts_per_tok": 3}),
     "a KV head per head, narrow hidden": resized(
         {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 40, "num_experts": 7},
@@ -64,7 +64,7 @@ VARIANTS = {
     "interleaved indexer only, weights as they are": resized(
         {"norm_topk_prob": False, "rms_norm_eps": 1e-5}, {"mrope_interleaved": True, "indexer_head_dim": 16}
     ),
-    "fp8": resized({"num_attention_heads": 6}, {"indexer_dtype": "fp8", "indexer_num_heads": 4}),
+    "fp8": resized({"num_attention_heads": 6}, {"indexer_dtype": "fp8", "indexer_num_heads": 3}),
 }
 TOKENS = 45  # no multiple of the 8 that lengths are rounded to
 
@@ -91,7 +91,7 @@ def test_equals_the_dense_model(dense: dict[str, Trace], name: str) -> None:
     assert_close(logits[0], dense[name].logits)
 
 
-@pytest.mark.parametrize("name", ["one KV head, 5 experts", "topk 1, all experts", "fp8"])
+@pytest.mark.parametrize("name", ["topk 1, all experts", "fp8"])
 def test_token_by_token_equals_the_dense_model(dense: dict[str, Trace], name: str) -> None:
     """Every token through the decode form of a layer (listed keys instead of bits)."""
     config = VARIANTS[name]
@@ -111,7 +111,7 @@ def test_prompt_longer_than_a_prefill_chunk() -> None:
     text = random_params(config)
     ids, positions = text_prompt(config, 530)
     trace = decode_text(text["text"], np.asarray(text["text"]["embed_tokens"])[ids], positions, config)
-    ranked = -np.sort(-trace.scores[0], axis=-1)
+    ranked = -np.sort(-np.maximum(trace.scores[0], -1e9), axis=-1)
     clear = (ranked[:, 99] - ranked[:, 100] > 1e-5 * ranked[:, 0]) | (np.arange(530) < 100)
     assert clear[512:].sum() >= 10
     logits = KeyeVL(config, text)(jnp.asarray(ids)[None], jnp.asarray(positions)[:, None])
@@ -172,14 +172,13 @@ def one_shot(golden_params: Any, golden_configs: Any, golden_batch: dict[str, ja
 
 def assert_same_state(actual: tuple[Any, jax.Array], expected: tuple[Any, jax.Array]) -> None:
     """Equal logits and lengths; caches equal where tokens lie."""
-    (cache, logits), (expected_cache, expected_logits) = actual, expected
+    (cache, logits), (expected_cache, expected_logits) = jax.device_get((actual, expected))
     np.testing.assert_array_equal(cache["length"], expected_cache["length"])
-    for row in range(len(CASES)):
+    for row, tokens in enumerate(cache["length"]):
         assert_close(logits[row], expected_logits[row])
-        tokens = int(cache["length"][row])
         assert_close(cache["kv"][:, row, :tokens], expected_cache["kv"][:, row, :tokens])
-    if "idx_scale" not in cache:
-        assert_close(cache["idx_k"], expected_cache["idx_k"])
+        if "idx_scale" not in cache:
+            assert_close(cache["idx_k"][:, row, :tokens], expected_cache["idx_k"][:, row, :tokens])
 
 
 @st.composite
@@ -189,12 +188,13 @@ def random_splits(draw: st.DrawFn, width: int) -> list[list[int]]:
     for _ in CASES:
         lengths: list[int] = []
         while sum(lengths) < LENGTH:
-            lengths.append(draw(st.integers(0 if len(lengths) < 5 else 4, width)))
+            lengths.append(draw(st.integers(0 if len(lengths) < 5 else width // 2, width)))
         rows.append(lengths)
     return rows
 
 
-@settings(max_examples=15)
+@pytest.mark.slow
+@settings(max_examples=10)
 @given(splits=random_splits(16), mode=st.sampled_from(MODES))
 @example(splits=[[16] * 7] * 6, mode="fp8_on")
 @example(splits=[[1] + [16] * 7] * 6, mode="fp8_on")
@@ -219,16 +219,7 @@ def test_any_chunks_equal_one_shot(
     assert_same_state(state, one_shot[mode])
 
 
-@pytest.mark.parametrize("width", [7, 40])
-def test_chunk_widths_equal_one_shot(
-    golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array], one_shot: Any, width: int
-) -> None:
-    """Widths that divide neither the prompts nor the capacity."""
-    config, counts = golden_configs["fp8_on"], equal_chunks(golden_batch["valid"], width)
-    state = feed(golden_params, config, golden_batch, counts, width, empty_cache(config, len(CASES)))[:2]
-    assert_same_state(state, one_shot["fp8_on"])
-
-
+@pytest.mark.slow
 @each_mode
 def test_token_by_token_equals_the_full_forward(
     golden: dict[str, np.ndarray],
@@ -248,17 +239,16 @@ def test_token_by_token_equals_the_full_forward(
         assert_close(np.stack(seen)[: len(expected), row], expected)
 
 
-@pytest.mark.parametrize("tokens", [256, 1152])
+@pytest.mark.slow
 def test_capacity_does_not_matter(
-    golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array], one_shot: Any, tokens: int
+    golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array], one_shot: Any
 ) -> None:
-    """Larger caches, past a tile of the scores and of attention (1152 slots divide into neither)."""
-    config = golden_configs["fp8_on"]
-    cache = empty_cache(config, len(CASES), tokens)
-    counts = equal_chunks(golden_batch["valid"], 40)
-    cache, logits, _ = feed(golden_params, config, golden_batch, counts, 40, cache)
-    for row in range(len(CASES)):
-        assert_close(logits[row], one_shot["fp8_on"][1][row])
+    """A larger cache, past a tile of the scores and of attention (1152 slots divide into neither), in chunks of 7,
+    which divide nothing."""
+    config, counts = golden_configs["fp8_on"], equal_chunks(golden_batch["valid"], 7)
+    cache = empty_cache(config, len(CASES), 1152)
+    state = feed(golden_params, config, golden_batch, counts, 7, cache)[:2]
+    assert_same_state(state, one_shot["fp8_on"])
 
 
 def test_stale_slots_are_never_read(
@@ -273,10 +263,11 @@ def test_stale_slots_are_never_read(
         for name, array in clean.items()
     }
     counts = equal_chunks(golden_batch["valid"], 16)
-    results = [feed(golden_params, config, golden_batch, counts, 16, cache)[1] for cache in (clean, stale)]
-    np.testing.assert_array_equal(*results)
+    expected, actual = (feed(golden_params, config, golden_batch, counts, 16, cache)[1] for cache in (clean, stale))
+    np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_batch_equals_single_runs(
     golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array], one_shot: Any
 ) -> None:
@@ -286,7 +277,8 @@ def test_batch_equals_single_runs(
     budgets = np.array([16, 3, 16, 1, 7, 16], np.int32)
     state = greedy_state(golden_batch["delta"])
     state["budget"] = jnp.asarray(budgets)
-    together = decode(golden_params["text"], *one_shot["fp8_on"], state, steps(16), config)
+    result = decode(golden_params["text"], *one_shot["fp8_on"], state, steps(16), config)
+    together, _, _, together_tokens, _ = jax.device_get(result)
     for row in range(rows):
         part: Any = {
             name: golden_batch[name][:, row : row + 1] if name == "positions" else golden_batch[name][row : row + 1]
@@ -295,42 +287,94 @@ def test_batch_equals_single_runs(
         cache, logits = prefill(golden_params["text"], empty_cache(config, 1), empty_logits(config, 1), part, config)
         assert_close(logits[0], one_shot["fp8_on"][1][row])
         alone = greedy_state(golden_batch["delta"][row : row + 1], budget=int(budgets[row]))
-        cache, logits, _, tokens, _ = decode(golden_params["text"], cache, logits, alone, steps(16), config)
-        np.testing.assert_array_equal(tokens[0], together[3][row])
-        assert int((tokens[0] >= 0).sum()) == budgets[row]
+        result = decode(golden_params["text"], cache, logits, alone, steps(16), config)
+        cache, _, _, tokens, _ = jax.device_get(result)
+        np.testing.assert_array_equal(tokens[0], together_tokens[row])
+        assert (tokens[0] >= 0).sum() == budgets[row]
         # The last token of a spent budget is returned and not cached.
         held = int(golden_batch["valid"][row]) + budgets[row] - 1
-        assert int(cache["length"][0]) == int(together[0]["length"][row]) == held
-        assert_close(cache["kv"][:, 0, :held], together[0]["kv"][:, row, :held])
+        assert cache["length"][0] == together["length"][row] == held
+        assert_close(cache["kv"][:, 0, :held], together["kv"][:, row, :held])
 
 
-# bf16 against float32 on the golden prompts; `python -m benchmarks.precision` measures the same. Of the largest logit:
-# measured, headroom. Weights are rounded to 8 bits, so a product of 128 terms is off by 2**-9 / sqrt(128) of ...
-BF16_LARGEST, BF16_MEAN = 0.1, 0.01
+def in_bfloat16(params: dict[str, Any], config: KeyeConfig) -> dict[str, Any]:
+    dtypes = map_specs(lambda spec: spec.as_dtype(jnp.bfloat16), config)
+    return jax.tree.map(lambda x, dtype: jnp.asarray(np.asarray(x).astype(dtype)), params, dtypes)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(
     golden: dict[str, np.ndarray], golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array]
 ) -> None:
-    """Patches to logits in bfloat16."""
-    params = jax.tree.map(lambda x: x, golden_params)
-    from keye_jax.params import map_specs
-
+    """Patches to logits in bfloat16. Bounds are relative to the largest value, a good half above what
+    `python -m benchmarks.precision` measures: without selection, rounding alone (0.018, mean 0.0026); with it, other
+    keys and experts wherever two score almost alike, of which random weights have many (mean 0.024)."""
     config = golden_configs["fp8_on"]
-    dtypes = map_specs(lambda spec: spec.as_dtype(jnp.bfloat16), config)
-    params = jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
-    model = KeyeVL(config, params)
-    rows = model.encode_vision(
-        jnp.asarray(np.concatenate([golden["mixed/pixel_values"], golden["mixed/pixel_values_videos"]])),
-        jnp.asarray(np.concatenate([golden["mixed/image_grid_thw"], golden["mixed/video_grid_thw"]])),
+    model = KeyeVL(config, in_bfloat16(golden_params, config))
+    encoded = model.encode_vision(
+        jnp.asarray(golden["video/pixel_values_videos"]), jnp.asarray(golden["video/video_grid_thw"])
     )
-    assert rows.dtype == jnp.bfloat16
-    expected = np.concatenate([golden["mixed/image_tokens"], golden["mixed/video_tokens"]])
-    assert_close(rows.astype(jnp.float32), expected, 0.05)
+    assert encoded.dtype == jnp.bfloat16
+    assert_close(encoded.astype(jnp.float32), golden["video/video_tokens"], 0.03)
     rows = golden_batch["vision_rows"][golden_batch["is_vision"]]
     logits = np.asarray(model(golden_batch["tokens"], golden_batch["positions"], vision_rows=rows))
     assert np.isfinite(logits).all()
     for row, case in enumerate(CASES):
         expected = golden[f"{case}/fp8_on/logits"]
         error = np.abs(logits[row, : len(expected)] - expected) / np.abs(expected).max()
-        print(case, error.max(), error.mean())
+        assert error.mean() <= 0.04
+        if case == "text_short":  # fewer tokens than topk
+            assert error.mean() <= 0.005
+            assert error.max() <= 0.03
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> KeyeVL:
+    return KeyeVL(TINY, random_params(TINY))
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "rows", "words"),
+    [
+        (np.zeros(5, int), np.zeros((3, 1, 5), int), None, "input_ids"),
+        (np.zeros((1, 5), int), np.zeros((3, 5), int), None, "position_ids"),
+        (np.zeros((1, 5), int), np.zeros((3, 1, 6), int), None, "position_ids"),
+        (np.zeros((1, 5), int), np.zeros((3, 1, 5), int), np.zeros((2, 64)), "0 image and video pad tokens"),
+        (np.full((1, 5), 95), np.zeros((3, 1, 5), int), None, "5 image and video pad tokens"),
+        (np.full((1, 5), 96), np.zeros((3, 1, 5), int), np.zeros((4, 64)), "5 image and video pad tokens"),
+    ],
+)
+def test_call_refuses_what_does_not_fit(tiny_model: KeyeVL, ids: Any, positions: Any, rows: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_model(ids, positions, vision_rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("patches", "grid", "words"),
+    [
+        ((8, 3, 14, 14), [[1, 2, 2]], "does not add up to 8"),
+        ((6, 3, 14, 14), [[1, 2, 3]], "multiples of 2"),
+        ((8, 3, 14, 14), [[-1, -4, 2]], "multiples of 2"),
+        ((4, 3, 12, 14), [[1, 2, 2]], "patches"),
+        ((4, 588), [[1, 2, 2]], "patches"),
+        ((4, 3, 14, 14), [[2, 2]], "grid_thw"),
+    ],
+)
+def test_encode_vision_refuses_what_does_not_fit(
+    tiny_model: KeyeVL, patches: tuple[int, ...], grid: list[list[int]], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_model.encode_vision(jnp.zeros(patches), jnp.asarray(grid))
+
+
+def test_weights_must_fit_the_config() -> None:
+    params = random_params(TINY)
+    with pytest.raises(ValueError, match=r"text/embed_tokens is \(97, 64\)"):
+        KeyeVL(resized({"vocab_size": 98}), params)
+    with pytest.raises(ValueError, match="text/norm is missing or not declared"):
+        KeyeVL(TINY, {**params, "text": {k: v for k, v in params["text"].items() if k != "norm"}})
+
+
+def test_dtype_must_be_known(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="float16"):
+        KeyeVL.from_hf(tmp_path, dtype="float16")

@@ -139,6 +139,14 @@ def _layer(
     return out, after, choices
 
 
+@partial(jax.jit, static_argnames="config")
+def _experts(stack: Any, layer: jax.Array, middle: jax.Array, config: Any) -> jax.Array:
+    """The experts [B, C, k] chosen for a residual stream [B, C, D] that attention has been added to."""
+    m = rms_norm(middle, stack["post_attention_layernorm"][layer], config.text.rms_norm_eps)
+    _, experts = route(stack["moe"]["router"][layer], m.reshape(-1, m.shape[-1]), config.text)
+    return experts.reshape(*m.shape[:2], -1)
+
+
 @pytest.fixture(scope="module")
 def traces(golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.Array]) -> dict[str, Any]:
     """Per mode, all stages of the six prompts as one padded batch, each layer fed with what the library's own layer
@@ -155,10 +163,8 @@ def traces(golden_params: Any, golden_configs: Any, golden_batch: dict[str, jax.
             layer, rest = jnp.int32(number), (golden_batch["positions"], golden_batch["valid"], config)
             middle, _, _ = _layer(silent, layer, h, cache, *rest)
             h, cache, choices = _layer(layers, layer, h, cache, *rest)
-            m = rms_norm(middle, layers["post_attention_layernorm"][number], config.text.rms_norm_eps)
-            _, experts = route(layers["moe"]["router"][number], m.reshape(-1, m.shape[-1]), config.text)
             trace["hidden_states"].append(h)
-            trace["experts"].append(np.sort(np.asarray(experts), axis=-1).reshape(*h.shape[:2], -1))
+            trace["experts"].append(np.sort(_experts(layers, layer, middle, config), axis=-1))
             trace["choices"].append(choices)
         trace["final_hidden"] = rms_norm(h, text["norm"], config.text.rms_norm_eps)
         trace["logits"] = lm_head(text, trace["final_hidden"])

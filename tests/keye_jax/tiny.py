@@ -13,7 +13,7 @@ import numpy as np
 from keye_jax import graphs
 from keye_jax.cache import CAPACITY_STEP, Cache, init_cache
 from keye_jax.config import KeyeConfig, SparseConfig, TextConfig, VisionConfig
-from keye_jax.params import flatten, init_params, param_specs, unflatten
+from keye_jax.params import ParamSpec, map_specs
 from keye_jax.sampling import Sampling
 
 TINY = KeyeConfig(
@@ -43,18 +43,16 @@ decode = jax.jit(graphs.decode, static_argnames="config")
 
 
 def random_params(config: KeyeConfig, seed: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Weights under which every term of every formula shows: matrices large enough that attention is not uniform,
-    norms and biases away from one and zero."""
+    """Weights under which every term of every formula shows, unlike under `init_params`: matrices large enough that
+    attention is not uniform, norms and biases away from one and zero."""
     rng = np.random.default_rng(seed)
-    specs = dict(flatten(param_specs(config)))
-    leaves = {}
-    for path, array in flatten(init_params(config, jax.random.key(seed))):
-        if specs[path].init == "normal":
-            value = 8 * array
-        else:
-            value = array + 0.2 * rng.standard_normal(array.shape).astype(np.float32)
-        leaves[path] = value.astype(specs[path].as_dtype(dtype))
-    return unflatten(leaves)
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        noise = rng.standard_normal(spec.shape, np.float32)
+        value = {"normal": 0.15 * noise, "ones": 1 + 0.2 * noise, "zeros": 0.2 * noise}[spec.init]
+        return jnp.asarray(value, spec.as_dtype(dtype))
+
+    return map_specs(draw, config)
 
 
 def text_prompt(config: KeyeConfig, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +83,7 @@ def text_chunk(ids: np.ndarray, positions: np.ndarray, valid: Any, hidden: int) 
     )
 
 
-def greedy_state(delta: Any, budget: int = 1000, stop_ids: tuple[int, ...] = (graphs.NO_TOKEN,)) -> graphs.DecodeState:
+def greedy_state(delta: Any, budget: int = 1000, stop: int = graphs.NO_TOKEN) -> graphs.DecodeState:
     """Greedy decoding of rows whose rotary positions run `delta` [B] ahead of their sequence indices."""
     delta = jnp.asarray(delta, jnp.int32)
     rows = delta.shape
@@ -93,7 +91,7 @@ def greedy_state(delta: Any, budget: int = 1000, stop_ids: tuple[int, ...] = (gr
         delta=delta,
         done=jnp.zeros(rows, bool),
         budget=jnp.full(rows, budget, jnp.int32),
-        stop_ids=jnp.asarray(stop_ids, jnp.int32),
+        stop_ids=jnp.asarray([graphs.NO_TOKEN, stop], jnp.int32),
         sampling=Sampling(
             temperature=jnp.zeros(rows, jnp.float32),
             top_p=jnp.ones(rows, jnp.float32),
