@@ -12,36 +12,41 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 # Two targets installing into one environment at a time would break it.
 .NOTPARALLEL:
-.PHONY: help demo test quick lint parity clean
+.PHONY: help demo test quick lint parity tpu-aot clean
 
 help:
 	@echo "make demo     from nothing to an answer about a short video and a photograph (tiny random weights)"
 	@echo "make test     formatting, lint, types and all tests but the comparisons with other people's code"
 	@echo "make parity   the comparisons: adds CPU torch and transformers in an environment of their own"
+	@echo "make tpu-aot  compile exported graphs for TPU chips that need not be here (adds libtpu in an environment of its own)"
 	@echo "make quick    the tests that take seconds"
 	@echo "make lint     formatting, lint and types alone"
 	@echo "make clean    remove the environments, caches and what the demo wrote"
 	@echo "With PYTHON=/path/to/python3.13 a target uses that interpreter (3.11 or newer) and its own environment."
 
 demo:
-	@tools/venv.sh $(VENV) demo $(PYTHON)
+	@.ci/venv.sh $(VENV) demo $(PYTHON)
 	@$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest -m "not parity"
 
 quick:
-	@tools/venv.sh $(VENV) test $(PYTHON)
+	@.ci/venv.sh $(VENV) test $(PYTHON)
 	$(BIN)/python -m pytest -m "not slow and not parity"
 
 lint:
-	@tools/venv.sh $(VENV) test $(PYTHON)
+	@.ci/venv.sh $(VENV) test $(PYTHON)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+tpu-aot:
+	@.ci/venv.sh $(VENV)-tpu tpu $(PYTHON)
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_aot --quick
+
 parity:
-	@tools/venv.sh $(PARITY) parity $(PYTHON)
+	@.ci/venv.sh $(PARITY) parity $(PYTHON)
 	$(PARITY)/bin/python -m pytest -m parity tests/parity
 
 clean:

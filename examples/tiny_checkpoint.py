@@ -274,8 +274,29 @@ def _tensor_bytes(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str) 
         yield random_tensor(name, shape, seed).astype(kind).tobytes()
 
 
+# Unlike the published model this one does not think first: random weights would never come to the answer.
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+<|im_start|>assistant
+"""
+
+
 def _write_processing_files(folder: Path, config: Mapping[str, Any]) -> None:
     eos, pad = config["eos_token_id"], config["bos_token_id"]
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",
         {

@@ -46,9 +46,11 @@ def _draw(logits: jax.Array, settings: Sampling, index: jax.Array) -> jax.Array:
     rank = jnp.arange(V, dtype=jnp.int32)
     kept = (settings["top_k"][:, None] <= 0) | (rank < settings["top_k"][:, None])
     probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
-    # A token stays while those before it hold less than top_p: the first one always does.
+    # A token stays while those before it hold less than top_p: the first one always does. A sum of a whole
+    # vocabulary can round to more than 1, so 1 is asked for apart.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept &= before < settings["top_p"][:, None]
+    top_p = settings["top_p"][:, None]
+    kept &= (top_p >= 1) | (before < top_p)
 
     def gumbel(seed: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), index), (V,), jnp.float32)

@@ -96,13 +96,15 @@ class Reader:
         import av
         from av.stream import Disposition
 
+        # PyAV 19 took the option away and never fails on metadata.
+        lenient: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
         self._container = av.open(
             handle,
             "r",
             options={"max_pixels": str(MAX_FRAME_PIXELS)},
             container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": "none"},
-            metadata_errors="replace",
             io_open=_refuse,
+            **lenient,
         )
         streams = self._container.streams.video
         pictures = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make sure that a virtual environment holds this project (editable) with one of its extras.
 #
-#   tools/venv.sh DIRECTORY EXTRA [PYTHON]
+#   .ci/venv.sh DIRECTORY EXTRA [PYTHON]
 #
 # DIRECTORY/.installed says what is inside: the interpreter and this folder, then a line for each extra with the checksum
 # of the pyproject.toml it was installed from. The file is taken away while anything is being installed, so an
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 directory=$1
 extra=$2
-python=$(tools/find_python.sh "${3:-}")
+python=$(.ci/find_python.sh "${3:-}")
 record=$directory/.installed
 wanted="$extra $(cksum <pyproject.toml)"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Print the path of a Python interpreter that can make environments here, or say why there is none.
 #
-#   tools/find_python.sh [COMMAND]     COMMAND: use this one; default: the first of python3, python3.14 ... that fits
+#   .ci/find_python.sh [COMMAND]     COMMAND: use this one; default: the first of python3, python3.14 ... that fits
 #
 # A candidate is run, not merely looked up: version managers put commands on PATH that only print an error. What is
 # printed is the base interpreter, so that an activated environment does not become the parent of another one.
