@@ -212,11 +212,13 @@ def write_tiny_checkpoint(
     shards: int = 2,
     overrides: Mapping[str, Any] | None = None,
     with_tokenizer: bool = True,
+    with_template: bool = False,
 ) -> Path:
     """Write the folder `path` (made if missing) and return it. The same arguments give the same bytes.
 
     `overrides` changes sizes, see `tiny_config`. `shards=1` writes one `model.safetensors` without an index.
-    Without a tokenizer only config.json and the weights are written, as after a bare weight export.
+    Without a tokenizer only config.json and the weights are written, as after a bare weight export. With a template
+    the model answers at once; without one it is made to think first, as the published one does.
     Raises ValueError for an unknown dtype or config key, or a vocabulary too small for a tokenizer.
     """
     if dtype not in _DTYPES:
@@ -231,6 +233,8 @@ def write_tiny_checkpoint(
     if with_tokenizer:
         write_tokenizer(folder, config["vocab_size"])
         _write_processing_files(folder, config)
+        if with_template:
+            (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     return folder
 
 
@@ -296,7 +300,6 @@ _CHAT_TEMPLATE = """\
 
 def _write_processing_files(folder: Path, config: Mapping[str, Any]) -> None:
     eos, pad = config["eos_token_id"], config["bos_token_id"]
-    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -360,6 +363,7 @@ def main() -> None:
         dtype=args.dtype,
         shards=args.shards,
         with_tokenizer=not args.no_tokenizer,
+        with_template=True,
     )
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB of random weights; its answers are noise")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import entry, read_array, read_tensors, write_file
 
 import convert.convert as module
 from convert.__main__ import main
@@ -23,6 +22,7 @@ from keye_jax.errors import CheckpointError
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import JOURNAL, MANIFEST, write_manifest
+from tests.shards import entry, read_array, read_tensors, write_file
 
 ROOT = Path(module.__file__).parent.parent
 SMALL = {

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shards import (
+
+from keye_jax import checkpoint, safetensors
+from keye_jax.checkpoint import load_params, open_checkpoint, read_group
+from keye_jax.config import KeyeConfig
+from keye_jax.errors import CheckpointError
+from keye_jax.params import flatten, param_specs, storage_groups
+from tests.shards import (
     CHECKPOINT,
     INDEX,
     Tensors,
@@ -25,12 +31,6 @@ from shards import (
     write_checkpoint,
     write_file,
 )
-
-from keye_jax import checkpoint, safetensors
-from keye_jax.checkpoint import load_params, open_checkpoint, read_group
-from keye_jax.config import KeyeConfig
-from keye_jax.errors import CheckpointError
-from keye_jax.params import flatten, param_specs, storage_groups
 
 CONFIG = KeyeConfig.from_hf(CHECKPOINT)
 LAYER = "model.layers.1."

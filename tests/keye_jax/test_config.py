@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shards import CHECKPOINT
 
 from keye_jax.config import KeyeConfig, indexer_sections, read_config_json
 from keye_jax.errors import ConfigError
+from tests.shards import CHECKPOINT
 
 RAW: dict[str, Any] = json.loads((CHECKPOINT / "config.json").read_text())
 DELETE = object()

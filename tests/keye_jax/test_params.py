@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TINY
 
 from keye_jax.config import KeyeConfig
 from keye_jax.params import (
@@ -21,6 +20,7 @@ from keye_jax.params import (
     storage_groups,
     unflatten,
 )
+from tests.keye_jax.tiny import TINY
 
 PUBLISHED = {
     "model_type": "KeyeVL2",

@@ -9,11 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from media import encoded, png_header, real_photo
 from PIL import Image
 
 from runtime.errors import InputError
 from runtime.images import MAX_PIXELS, ImageOptions, load_image
+from tests.runtime.media import encoded, png_header, real_photo
 
 # A gradient whose sides are multiples of 28 and whose area is within the limits: resizing leaves it as it is.
 PICTURE = np.zeros((56, 84, 3), np.uint8)

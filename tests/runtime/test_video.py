@@ -8,7 +8,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from media import (
+from PIL import Image
+
+from runtime import video_process
+from runtime.errors import InputError
+from runtime.media_options import MAX_FRAMES
+from runtime.sizing import frame_indices
+from runtime.video import FrameList, Video, VideoOptions, load_video, plan_video
+from tests.runtime.media import (
     damage_packets,
     decode_all,
     encoded,
@@ -20,13 +27,6 @@ from media import (
     write_repeated,
     write_video,
 )
-from PIL import Image
-
-from runtime import video_process
-from runtime.errors import InputError
-from runtime.media_options import MAX_FRAMES
-from runtime.sizing import frame_indices
-from runtime.video import FrameList, Video, VideoOptions, load_video, plan_video
 
 CONTAINERS = {
     "h264.mp4": {"g": "12"},
@@ -580,3 +580,12 @@ def test_options_are_checked_by_name_type_and_range():
     for pair in ({"min_frames": 9, "max_frames": 8}, {"video_start": 2, "video_end": 1}):
         with pytest.raises(InputError, match="must be"):
             VideoOptions.from_mapping(pair)
+
+
+def test_frames_read_with_imageio_stand_for_a_video() -> None:
+    iio = pytest.importorskip("imageio.v3")
+    frames = [frame for _, frame in zip(range(8), iio.imiter(real_clip(), plugin="pyav"), strict=False)]
+    video = load_video(FrameList(frames, timestamps=[i / 10 for i in range(8)]), VideoOptions(fps=5))
+    assert video.timestamps is not None
+    assert 2 <= len(video.frames) == len(video.timestamps) <= 8
+    assert video.frames.shape[1] % 28 == 0

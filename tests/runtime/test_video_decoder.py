@@ -5,10 +5,10 @@ import io
 
 import numpy as np
 import pytest
-from media import read_number, write_video
 
 from runtime import video_decoder
 from runtime.video_decoder import Reader, pick, receive_header, receive_payload, scan, send
+from tests.runtime.media import read_number, write_video
 
 FRAMES = 240
 
