@@ -1,4 +1,4 @@
-"""What every kernel folder needs: float32 products, tile arithmetic, and the streaming softmax of the references."""
+"""What every kernel folder needs: float32 products, the selection's bit mask, the references' streaming softmax."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,8 @@ from jax import lax
 MASKED = -1e30
 """Stands for minus infinity in running maxima: finite, so that a row that has seen no key yet gives no NaN."""
 
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+WORD = 32
+"""Keys per word of a selection's bit mask: key s is bit s % 32 of word s // 32."""
 
 
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -19,6 +18,18 @@ def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     (accelerators would otherwise round them to TF32 or bfloat16)."""
     precision = lax.Precision.HIGHEST if jnp.float32 in (a.dtype, b.dtype) else None
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def pack_bits(mask: jax.Array) -> jax.Array:
+    """[..., S] bool → [..., S // 32] uint32, key s at bit s % 32 of word s // 32."""
+    words = mask.reshape(*mask.shape[:-1], mask.shape[-1] // WORD, WORD).astype(jnp.uint32)
+    return jnp.sum(words << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def unpack_bits(bits: jax.Array) -> jax.Array:
+    """The inverse of `pack_bits`."""
+    mask = (bits[..., None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
+    return mask.astype(bool).reshape(*bits.shape[:-1], bits.shape[-1] * WORD)
 
 
 class SoftmaxState(NamedTuple):

@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except ValueError as error:
-        # InputError, and keye_jax's ConfigError, which this command must not import to name.
+    except InputError as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)

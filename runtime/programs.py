@@ -102,8 +102,7 @@ class Programs:
                 ) from None
             try:
                 self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
-            except ValueError as error:
-                # keye_jax's ConfigError, which only the tracing module may import.
+            except InputError as error:
                 raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
         return self._tracer.export(key)
 

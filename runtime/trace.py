@@ -14,7 +14,9 @@ from jax import export
 from keye_jax import graphs, sharding
 from keye_jax.cache import abstract_cache
 from keye_jax.config import KeyeConfig
+from keye_jax.errors import ConfigError
 from keye_jax.params import abstract_params
+from runtime.errors import InputError
 from runtime.graphs import DONATED, GraphKey
 
 
@@ -27,11 +29,14 @@ class Tracer:
         indexer_dtype: "fp8", "bf16" or "float32".
 
     Raises:
-        ConfigError: a configuration this library does not run.
+        InputError: a configuration this library does not run.
     """
 
     def __init__(self, config: Mapping[str, Any], dtype: str, indexer_dtype: Any):
-        self._config = KeyeConfig.from_hf(config, indexer_dtype=indexer_dtype)
+        try:
+            self._config = KeyeConfig.from_hf(config, indexer_dtype=indexer_dtype)
+        except ConfigError as error:
+            raise InputError(str(error)) from None
         self._dtype = jnp.dtype(dtype)
         self._params = abstract_params(self._config, self._dtype)
 

@@ -10,10 +10,8 @@ key index. The same set leaves every backend, for any chunking or batching.
 
 import jax
 
+from kernels_pallas.common import WORD
 from kernels_pallas.index_select import reference
-
-WORD = 32
-"""Keys per word of the bit mask: key s is bit s % 32 of word s // 32."""
 
 
 def select_bits(

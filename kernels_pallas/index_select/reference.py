@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.common import einsum_f32
+from kernels_pallas.common import einsum_f32, pack_bits
 
 KEY_TILE = 1024
-_WORD = 32
 
 
 def index_scores(
@@ -87,18 +86,6 @@ def topk_mask(scores: jax.Array, visible: jax.Array, topk: int) -> jax.Array:
     # Largest cutoff with at most `wanted` ties below it.
     cutoff = lax.fori_loop(0, S.bit_length(), fix_index_bit, jnp.zeros(wanted.shape, jnp.int32))
     return visible & (above | (tied & (index < cutoff[..., None])))
-
-
-def pack_bits(mask: jax.Array) -> jax.Array:
-    """[..., S] bool → [..., S // 32] uint32, key s at bit s % 32 of word s // 32."""
-    words = mask.reshape(*mask.shape[:-1], mask.shape[-1] // _WORD, _WORD).astype(jnp.uint32)
-    return jnp.sum(words << jnp.arange(_WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-
-
-def unpack_bits(bits: jax.Array) -> jax.Array:
-    """The inverse of `pack_bits`."""
-    mask = (bits[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32)) & 1
-    return mask.astype(bool).reshape(*bits.shape[:-1], bits.shape[-1] * _WORD)
 
 
 def _visible(start: jax.Array, chunk: int, capacity: int) -> jax.Array:

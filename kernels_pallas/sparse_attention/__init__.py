@@ -2,6 +2,7 @@
 
 import jax
 
+from kernels_pallas.common import WORD
 from kernels_pallas.sparse_attention import reference
 
 
@@ -22,7 +23,7 @@ def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.A
         ValueError: shapes that do not fit together.
     """
     _check(q.shape[0], q.shape[2:], q, kv)
-    if bits.shape != (*q.shape[:2], kv.shape[2] // 32):
+    if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
         raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
     return reference.attend_bits(q, kv, layer, bits, start)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.common import SoftmaxState, einsum_f32
+from kernels_pallas.common import WORD, SoftmaxState, einsum_f32, unpack_bits
 
 KEY_TILE = 512
 
@@ -22,9 +22,8 @@ def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.A
 
     def add_tile(i: jax.Array, state: SoftmaxState) -> SoftmaxState:
         block = lax.dynamic_slice(kv, (layer, 0, i * tile, 0, 0, 0), (1, B, tile, 2, G, K))[0]
-        words = lax.dynamic_slice(bits, (0, 0, i * (tile // 32)), (B, C, tile // 32))
-        mask = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        mask = mask.astype(bool).reshape(B, C, 1, 1, tile)
+        words = lax.dynamic_slice(bits, (0, 0, i * (tile // WORD)), (B, C, tile // WORD))
+        mask = unpack_bits(words)[:, :, None, None]
         scores = einsum_f32("bcgrk,bsgk->bcgrs", grouped, block[:, :, 0]) * K**-0.5
         return state.add(scores, mask, block[:, :, 1], "bcgrs,bsgk->bcgrk")
 

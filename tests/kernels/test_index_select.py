@@ -14,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.common import pack_bits, unpack_bits
 from kernels_pallas.index_select import reference, select_bits, select_ids
 
 CAPACITIES = (32, 96, 1120)  # one word; not a power of two; past a tile of 1024 with a ragged last one
@@ -78,11 +79,11 @@ def test_sortable_keeps_order() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]))
 def test_bits_pack_and_unpack(seed: int, words: int) -> None:
     mask = np.random.default_rng(seed).random((3, 32 * words)) < 0.5
-    bits = np.asarray(reference.pack_bits(jnp.asarray(mask)))
+    bits = np.asarray(pack_bits(jnp.asarray(mask)))
     for row in range(3):
         for key in range(32 * words):
             assert bool(bits[row, key // 32] >> (key % 32) & 1) == mask[row, key]
-    np.testing.assert_array_equal(reference.unpack_bits(jnp.asarray(bits)), mask)
+    np.testing.assert_array_equal(unpack_bits(jnp.asarray(bits)), mask)
 
 
 def integer_inputs(seed: int, capacity: int, chunk: int, *, scaled: bool, dtype: Any) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def test_bits_and_ids_are_the_sorted_sets(seed: int, shape: tuple[int, int, int]
     arrays = (inputs["idx_k"], inputs["key_scale"], 1)
     bits = bits_of(inputs["idx_q"], inputs["weights"], *arrays, jnp.asarray(start), topk)
     assert bits.shape == (2, chunk, capacity // 32)
-    np.testing.assert_array_equal(reference.unpack_bits(bits), expected)
+    np.testing.assert_array_equal(unpack_bits(bits), expected)
     for c in range(chunk):
         one = slice(c, c + 1)
         ids = np.asarray(
@@ -171,7 +172,7 @@ def test_all_negative_scores_are_ranked_too() -> None:
     inputs["weights"] = -jnp.ones_like(inputs["weights"])
     start = np.array([20, 29], np.int32)
     bits = bits_of(*(inputs[n] for n in ("idx_q", "weights", "idx_k", "key_scale")), 0, jnp.asarray(start), 4)
-    masks = np.asarray(reference.unpack_bits(bits))
+    masks = np.asarray(unpack_bits(bits))
     np.testing.assert_array_equal(masks, plain_masks(inputs, 0, start, 4))
     assert (masks.sum(-1) == 4).all()
 
@@ -181,7 +182,7 @@ def test_huge_scores_stay_ordered() -> None:
     q = jnp.full((1, 2, 1, 4), 1e18, jnp.float32)
     k = jnp.full((1, 1, 32, 4), 1e18, jnp.float32) * jnp.where(jnp.arange(32) % 2, 1.0, 10.0)[:, None]
     bits = bits_of(q, jnp.full((1, 2, 1), 100.0), k, None, 0, jnp.array([30], jnp.int32), 4)
-    masks = np.asarray(reference.unpack_bits(bits))
+    masks = np.asarray(unpack_bits(bits))
     # Everything overflows: all tie at infinity.
     np.testing.assert_array_equal(masks, np.broadcast_to(np.arange(32) < 4, (1, 2, 32)))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.index_select.reference import pack_bits
+from kernels_pallas.common import pack_bits
 from kernels_pallas.sparse_attention import attend_bits, attend_ids
 
 B, H, K, LAYERS = 2, 4, 8, 2

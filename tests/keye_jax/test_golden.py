@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.common import unpack_bits
 from kernels_pallas.index_select import select_bits
-from kernels_pallas.index_select.reference import index_scores, select_mask, topk_mask, unpack_bits
+from kernels_pallas.index_select.reference import index_scores, select_mask, topk_mask
 from keye_jax import KeyeVL, graphs
 from keye_jax.decoder import decoder_layer, embed, lm_head, rope_tables
 from keye_jax.indexer import hadamard, index_inputs, quantise, round_e4m3
