@@ -1,6 +1,7 @@
 """The only door to the kernels: model code imports their public functions from here."""
 
 from kernels_pallas.common import einsum_f32
+from kernels_pallas.dispatch import reference_only
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.index_select import select_bits, select_ids
 from kernels_pallas.segment_attention import segment_attention
@@ -11,6 +12,7 @@ __all__ = [
     "attend_ids",
     "einsum_f32",
     "grouped_matmul",
+    "reference_only",
     "segment_attention",
     "select_bits",
     "select_ids",

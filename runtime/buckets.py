@@ -10,6 +10,9 @@ CONTEXTS = (512, 2048, 8192, 32768, 65536, 131072, 262144)
 CHUNKS = (64, 512)
 """Prompt tokens per prefill step."""
 
+GPU_CHUNKS = (64, 512, 2048, 8192)
+"""The same where the GPU kernels run: an expert needs hundreds of rows to be busy, and scores take no memory."""
+
 MAX_BATCH_PATCHES = 8192
 """Patches per call of the vision program, unless one image alone has more."""
 
@@ -45,12 +48,22 @@ def contexts(limit: int) -> tuple[int, ...]:
     return (*(c for c in CONTEXTS if c < whole), whole)
 
 
-def chunk(prompt_tokens: int, exported: Sequence[int] = ()) -> int:
-    """Chunk length of a prompt's prefill: of the exported ones the smallest that holds the prompt, else the largest."""
-    standard = next((c for c in CHUNKS if prompt_tokens <= c), CHUNKS[-1])
-    best = min((c for c in exported if c >= prompt_tokens), default=max(exported, default=standard))
+def chunks(platform: str, plain: bool) -> tuple[int, ...]:
+    """The chunk lengths of a platform, with its kernels or without."""
+    return GPU_CHUNKS if platform == "cuda" and not plain else CHUNKS
+
+
+def chunk(prompt_tokens: int, exported: Sequence[int], standard: Sequence[int]) -> int:
+    """Chunk length of a prompt's prefill: of the exported ones the smallest that holds the prompt, else the largest.
+
+    Args:
+        exported: lengths that there are graphs for.
+        standard: the platform's, from `chunks`.
+    """
+    wanted = next((c for c in standard if prompt_tokens <= c), standard[-1])
+    best = min((c for c in exported if c >= prompt_tokens), default=max(exported, default=wanted))
     # A graph for short prompts does not keep longer ones from getting their own.
-    return standard if best == CHUNKS[0] < standard else best
+    return wanted if best == standard[0] < wanted else best
 
 
 def patches(count: int) -> int:
@@ -58,18 +71,15 @@ def patches(count: int) -> int:
     return max(_MIN_PATCHES, 1 << (count - 1).bit_length())
 
 
-def all_shapes(limit: int, *, chunk: int | None = None, batch: int = 1) -> list[tuple[str, tuple[int, ...]]]:
+def all_shapes(limit: int, standard: Sequence[int], *, batch: int = 1) -> list[tuple[str, tuple[int, ...]]]:
     """Every (program, shape) that a model of context `limit` can come to need; see `runtime.graphs.SHAPE_NAMES`.
 
     Args:
-        chunk: prefill with this chunk length only.
+        standard: chunk lengths, from `chunks`.
     """
     sizes = contexts(limit)
-    if chunk is None:
-        # Short prompts take the short chunk, and then the smallest context too.
-        prefills = [(batch, CHUNKS[0], sizes[0]), *((batch, CHUNKS[-1], size) for size in sizes)]
-    else:
-        prefills = [(batch, chunk, size) for size in sizes]
+    # The shortest prompts take the shortest chunk, others the one that holds the context they are in.
+    prefills = sorted({(batch, chunk(1, (), standard), sizes[0]), *((batch, chunk(s, (), standard), s) for s in sizes)})
     patch_sizes = [1 << n for n in range(_MIN_PATCHES.bit_length() - 1, MAX_PATCHES.bit_length())]
     return [
         *(("vision", (size,)) for size in patch_sizes),

@@ -134,14 +134,14 @@ class Executor:
                     "check the weights (python -m convert ... --verify) or use --dtype float32"
                 )
             produced += steps
-            run.attention_path = self._attention_path(int(np.max(cache["length"])))
+            run.attention_path = self._attention_path(int(np.max(cache["length"])), decode.kernels)
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
                 steps = min(2 * steps, tokens.shape[1])
 
-    def _attention_path(self, context: int) -> str:
+    def _attention_path(self, context: int, kernels: Sequence[str]) -> str:
         keys = "all-keys" if context <= self._facts.topk else f"top-{self._facts.topk}"
-        return f"dsa/{keys}/{self._facts.indexer_dtype}-index/xla"
+        return f"dsa/{keys}/{self._facts.indexer_dtype}-index/{'pallas' if kernels else 'xla'}"
 
     def _encode(self, prompt: Prompt, timings: Timings) -> np.ndarray | None:
         """Vision rows of all of a prompt's images and frames, in host memory: [R, D] of the model's dtype."""

@@ -11,6 +11,7 @@ from runtime.errors import InputError
 _EXAMPLES = """examples:
   python -m runtime.export BUNDLE --platform cpu
   python -m runtime.export BUNDLE --platform cuda --context 32768
+  python -m runtime.export BUNDLE --platform cuda --plain
   python -m runtime.export BUNDLE --platform tpu --topology v5e:2x4
 
 No accelerator is needed: a laptop makes the graphs of a TPU pod. Exported graphs are code; a bundle runs only
@@ -49,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--topology", metavar="NAME", help="TPU chips to shard over, such as v5e:2x4")
     target.add_argument("--devices", type=int, metavar="N", help="devices to shard over (default 1)")
+    parser.add_argument("--plain", action="store_true", help="without GPU kernels, which need Hopper (H100, H200)")
     parser.add_argument("--context", type=int, metavar="N", help="contexts up to N tokens (default: the model's)")
-    parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: 64 and 512)")
+    parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: by platform)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences side by side (default 1)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
@@ -65,6 +67,8 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.topology is not None and args.platform != "tpu":
         raise InputError(f"--topology names TPU chips; use --devices for --platform {args.platform}")
+    if args.plain and args.platform != "cuda":
+        raise InputError(f"--plain leaves GPU kernels out; graphs for --platform {args.platform} have none")
     bundle = Bundle.open(args.bundle)
     settings = ProcessorSettings.from_dict(bundle.processor_settings)
     longest = buckets.contexts(buckets.context_limit(settings.max_position_embeddings))[-1]
@@ -77,11 +81,13 @@ def _run(args: argparse.Namespace) -> int:
 
     from runtime.trace import Tracer
 
+    # The partitioner cannot divide kernels, so graphs for several devices have none.
+    standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain or devices > 1)
     progress = ProgressLine()
     tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
     keys = [
-        GraphKey(program, args.platform, devices, shape)
-        for program, shape in buckets.all_shapes(limit, chunk=args.chunk, batch=args.batch)
+        GraphKey(program, args.platform, devices, shape, args.plain)
+        for program, shape in buckets.all_shapes(limit, standard, batch=args.batch)
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))

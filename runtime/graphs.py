@@ -50,20 +50,24 @@ class GraphKey:
     devices: int
     shape: tuple[int, ...]
     """In the order of SHAPE_NAMES[program]."""
+    plain: bool = False
+    """Without the platform's kernels: for chips that they do not run on."""
 
     @property
     def name(self) -> str:
         """Such as prefill-cpu-d1-batch1-chunk64-context512."""
         sizes = (f"{n}{s}" for n, s in zip(SHAPE_NAMES[self.program], self.shape, strict=True))
-        return "-".join([self.program, self.platform, f"d{self.devices}", *sizes])
+        plain = ["plain"] if self.plain else []
+        return "-".join([self.program, self.platform, *plain, f"d{self.devices}", *sizes])
 
     def export_command(self, bundle: object) -> str:
         """The command line that makes this graph, and others that go with it."""
         named = dict(zip(SHAPE_NAMES[self.program], self.shape, strict=True))
         options = [f"--{name} {named[name]}" for name in ("context", "chunk", "batch") if name in named]
         devices = [f"--devices {self.devices}"] if self.devices > 1 else []
+        plain = ["--plain"] if self.plain else []
         bundle = shlex.quote(str(bundle))
-        return " ".join(["python -m runtime.export", bundle, f"--platform {self.platform}", *devices, *options])
+        return " ".join(["python -m runtime.export", bundle, f"--platform {self.platform}", *plain, *devices, *options])
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class GraphEntry:
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> "GraphEntry":
         program, platform, devices, named = (raw.pop(name) for name in ("program", "platform", "devices", "shape"))
+        plain = raw.pop("plain")
         if program not in SHAPE_NAMES or platform not in PLATFORMS:
             raise ValueError(f"program {program!r:.40} on platform {platform!r:.40}")
         if set(_object(named)) != set(SHAPE_NAMES[program]):
@@ -116,7 +121,9 @@ class GraphEntry:
         counts = (devices, raw["bytes"], *shape, *mesh.values())
         if any(type(n) is not int or not 0 < n <= _MAX_EXTENT for n in counts) or raw["bytes"] > _MAX_GRAPH_BYTES:
             raise ValueError(f"sizes {counts!r:.80}")
-        entry = cls(key=GraphKey(program, platform, devices, shape), mesh=mesh, kernels=kernels, **raw)
+        if type(plain) is not bool:
+            raise ValueError(f"plain {plain!r:.40}")
+        entry = cls(key=GraphKey(program, platform, devices, shape, plain), mesh=mesh, kernels=kernels, **raw)
         texts = (entry.jax_version, entry.created, entry.device_kind, *mesh, *kernels)
         if not all(isinstance(text, str) and len(text) < 200 for text in texts):
             raise ValueError("a text is none, or too long")
@@ -149,12 +156,12 @@ def describe(key: GraphKey, exported: "Exported", device_kind: str) -> tuple[Gra
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         device_kind=device_kind,
         mesh={"model": key.devices},
-        kernels=_kernels(exported),
+        kernels=kernels(exported),
     )
     return entry, content
 
 
-def _kernels(exported: "Exported") -> dict[str, bool]:
+def kernels(exported: "Exported") -> dict[str, bool]:
     """The custom calls in a graph, and whether jax.export guarantees that they will load later."""
     excused = [str(check) for check in exported.disabled_safety_checks]
     found = set(_CUSTOM_CALL.findall(exported.mlir_module())) - _NOT_KERNELS

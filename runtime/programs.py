@@ -7,6 +7,7 @@ on the spot, stored in the bundle where it can be written, and then treated like
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from runtime.aot import Memory, memory
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.graphs import DONATED, GraphKey
+
+HOPPER = "9.0"
+"""The compute capability that the GPU kernels are made for; other GPUs run plain graphs."""
 
 Report = Callable[[str], None]
 """Called with a line for a person."""
@@ -31,6 +35,8 @@ class Program:
     """Its arguments' shapes and dtypes, as trees."""
     run: Callable[..., Any]
     memory: Memory
+    kernels: tuple[str, ...]
+    """The custom calls in it; empty where XLA alone made it."""
 
     def __call__(self, *args: Any) -> Any:
         return self.run(*args)
@@ -46,6 +52,7 @@ class Programs:
 
     def __init__(self, bundle: Bundle, report: Report | None = None):
         self.platform = local_platform()
+        self.plain = self.platform == "cuda" and not _runs_kernels(jax.devices()[0])
         self.compile_s = 0.0
         """Seconds spent loading, exporting and compiling so far."""
         self._bundle = bundle
@@ -67,12 +74,15 @@ class Programs:
 
     def chunk(self, batch: int, context: int, prompt_tokens: int) -> int:
         """Chunk length for a prompt's prefill; one that the bundle has a graph for, where it suits the prompt."""
-        keys = [k for k in self._bundle.graphs if (k.program, k.platform, k.devices) == ("prefill", self.platform, 1)]
-        exported = [k.shape[1] for k in keys if (k.shape[0], k.shape[2]) == (batch, context)]
-        return buckets.chunk(prompt_tokens, exported)
+        here = [k for k in self._bundle.graphs if k == self._key("prefill", *k.shape)]
+        exported = [k.shape[1] for k in here if (k.shape[0], k.shape[2]) == (batch, context)]
+        return buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
+
+    def _key(self, program: str, *shape: int) -> GraphKey:
+        return GraphKey(program, self.platform, 1, shape, self.plain)
 
     def _get(self, program: str, *shape: int) -> Program:
-        key = GraphKey(program, self.platform, 1, shape)
+        key = self._key(program, *shape)
         if key not in self._programs:
             begin = time.perf_counter()
             self._programs[key] = self._compile(key, self._load(key))
@@ -110,19 +120,28 @@ class Programs:
         args = graphs.arguments(exported)
         mend = f"make it again: {key.export_command(self._bundle.path)}"
         _check_params(key, args[0], self._bundle.abstract_params(), mend)
+        kernels = tuple(graphs.kernels(exported))
+        if any(name.startswith("mosaic_gpu") for name in kernels):
+            # Registers the library that these calls look up when they are compiled.
+            import_module("jax.experimental.mosaic.gpu")
         self._report(f"compiling {key.name}")
         try:
             compiled = jax.jit(exported.call, donate_argnums=DONATED[key.program]).lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0][:300]
             raise InputError(f"graph {key.name} does not compile here ({reason}); {mend}") from None
-        return Program(key, args, compiled, memory(compiled))
+        return Program(key, args, compiled, memory(compiled), kernels)
 
 
 def local_platform() -> str:
     """The default backend by the name that jax.export knows it by."""
     backend = jax.default_backend()
     return {"gpu": "cuda"}.get(backend, backend)
+
+
+def _runs_kernels(device: jax.Device) -> bool:
+    """Whether the GPU kernels run on a device: they are made for Hopper's tensor cores and copy engine."""
+    return getattr(device, "compute_capability", None) == HOPPER
 
 
 def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any], mend: str) -> None:

@@ -3,21 +3,26 @@
 Needs no accelerator: shapes stand in for weights, and an abstract mesh for devices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from keye_jax import graphs, sharding
+from keye_jax import graphs, ops, sharding
 from keye_jax.cache import abstract_cache
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import ConfigError
 from keye_jax.params import abstract_params
 from runtime.errors import InputError
 from runtime.graphs import DONATED, GraphKey
+
+_UNSTABLE_CALLS = ("__gpu$xla.gpu.triton",)
+"""Kernels whose format jax.export does not promise to keep; a JAX that cannot compile them says how to export again."""
 
 
 class Tracer:
@@ -52,7 +57,10 @@ class Tracer:
         options: dict[str, Any] = {"donate_argnums": DONATED[key.program]}
         if key.devices > 1:
             options["in_shardings"] = (shardings, *(sharding.replicated_like(arg, mesh) for arg in rest))
-        return export.export(jax.jit(program, **options), platforms=[key.platform])(params, *rest)
+        checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
+        make = export.export(jax.jit(program, **options), platforms=[key.platform], disabled_checks=checks)
+        with _target(key):
+            return make(params, *rest)
 
     def _vision(self, patches: int) -> Any:
         v = self._config.vision
@@ -89,6 +97,22 @@ class Tracer:
         """What prefill and decode hand on: the cache and the logits."""
         logits = _array((batch, self._config.text.vocab_size), jnp.float32)
         return abstract_cache(self._config, batch, context, self._dtype), logits
+
+
+@contextmanager
+def _target(key: GraphKey) -> Iterator[None]:
+    """Tells the kernels which chip they are lowered for, or keeps them out."""
+    if key.plain or key.devices > 1:
+        # The partitioner cannot divide a kernel.
+        with ops.reference_only():
+            yield
+    elif key.platform == "cuda":
+        device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+        mesh = AbstractMesh((1,), ("model",), axis_types=(AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+    else:
+        yield
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -23,7 +23,23 @@ def test_contexts_grow_with_their_tokens(tokens: int) -> None:
 
 def test_a_short_question_does_not_pay_for_the_longest_context() -> None:
     assert buckets.context(20, LIMIT) == 512
-    assert buckets.chunk(20) == 64
+    assert buckets.chunk(20, (), buckets.CHUNKS) == 64
+
+
+def test_long_prompts_take_long_chunks_where_the_gpu_kernels_run() -> None:
+    assert buckets.chunk(100_000, (), buckets.chunks("cuda", plain=False)) == 8192
+    assert buckets.chunk(600, (), buckets.chunks("cuda", plain=False)) == 2048
+    for platform, plain in (("cuda", True), ("cpu", False), ("tpu", False)):
+        assert buckets.chunk(100_000, (), buckets.chunks(platform, plain)) == 512
+
+
+def test_every_prompt_finds_its_chunk_among_the_exported_shapes() -> None:
+    for standard in (buckets.CHUNKS, buckets.GPU_CHUNKS):
+        prefills = {shape[1:] for program, shape in buckets.all_shapes(LIMIT, standard) if program == "prefill"}
+        for tokens in (1, 64, 65, 512, 513, 2048, 2049, 8192, 8193, 200_000):
+            size = buckets.context(tokens, LIMIT)
+            exported = sorted(chunk for chunk, context in prefills if context == size)
+            assert (buckets.chunk(tokens, exported, standard), size) in prefills
 
 
 def test_too_many_tokens_are_refused_with_the_numbers() -> None:

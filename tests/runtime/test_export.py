@@ -96,6 +96,23 @@ def test_the_published_model_is_exported_without_weights(
             assert used == 30_532_122_624 + 108_536_832
 
 
+def test_graphs_for_hopper_and_for_other_gpus_stand_side_by_side(tiny: Path) -> None:
+    command = [str(tiny), "--platform", "cuda", "--context", "512", "--chunk", "64"]
+    assert main(command) == main([*command, "--plain"]) == 0
+    found = {key: entry for key, entry in Bundle.open(tiny).graphs.items() if key.program == "decode"}
+    assert sorted(key.plain for key in found) == [False, True]
+    for key, entry in found.items():
+        assert ("--plain" in key.export_command(tiny)) is key.plain
+        # What XLA itself calls is left; no kernel of ours is.
+        ours = [name for name in entry.kernels if "triton" in name or "mosaic" in name]
+        assert bool(ours) is not key.plain
+
+
+def test_only_gpus_have_kernels_to_leave_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny), "--platform", "cpu", "--plain"]) == 2
+    assert "--plain leaves GPU kernels out" in capsys.readouterr().err
+
+
 def test_shardings_are_in_the_graph(published: Path) -> None:
     key = GraphKey("decode", "tpu", 8, (1, 512))
     assert main([str(published), "--platform", "tpu", "--devices", "8", "--context", "512"]) == 0

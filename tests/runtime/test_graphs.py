@@ -82,7 +82,7 @@ EXTENTS = st.integers(1, graphs._MAX_EXTENT)
 def keys(draw: st.DrawFn) -> GraphKey:
     program = draw(st.sampled_from(sorted(SHAPE_NAMES)))
     shape = tuple(draw(EXTENTS) for _ in SHAPE_NAMES[program])
-    return GraphKey(program, draw(st.sampled_from(graphs.PLATFORMS)), draw(EXTENTS), shape)
+    return GraphKey(program, draw(st.sampled_from(graphs.PLATFORMS)), draw(EXTENTS), shape, draw(st.booleans()))
 
 
 ENTRIES = st.builds(
