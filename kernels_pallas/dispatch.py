@@ -5,7 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import jax
 from jax import lax
+
+HOPPER = "9.0"
+"""The compute capability that the GPU kernels are made for."""
 
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 
@@ -31,3 +35,8 @@ def dispatch(reference: Callable[..., Any], cuda: Callable[..., Any] | None, *ar
     if cuda is None or _reference_only.get():
         return reference(*args)
     return lax.platform_dependent(*args, cuda=cuda, default=reference)
+
+
+def runs_kernels(device: jax.Device) -> bool:
+    """Whether a device can run the kernels that programs for its platform hold."""
+    return device.platform != "gpu" or getattr(device, "compute_capability", None) == HOPPER

@@ -1,6 +1,7 @@
 """`KeyeVL`: the model as a Flax NNX module, for use as a library."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from keye_jax.cache import CAPACITY_STEP, init_cache
 from keye_jax.checkpoint import load_params
 from keye_jax.config import IndexerDtype, KeyeConfig
 from keye_jax.decoder import decoder, embed, lm_head
+from keye_jax.ops import reference_only, runs_kernels
 from keye_jax.params import Params, flatten, param_specs, unflatten
 from keye_jax.vision import vision_tokens
 
@@ -98,9 +100,9 @@ class KeyeVL(nnx.Module):
         if bool(jnp.any(grid < 1)) or bool(jnp.any(grid[:, 1:] % merge)):
             raise ValueError(f"grid_thw {grid.tolist()}: sides must be positive multiples of {merge}")
         params = self.arrays()
-        return _encode(
-            {"vision": params["vision"], "projector": params["projector"]}, jnp.asarray(patches), grid, vision
-        )
+        tower = {"vision": params["vision"], "projector": params["projector"]}
+        with _bodies():
+            return _encode(tower, jnp.asarray(patches), grid, vision)
 
     def __call__(
         self, input_ids: jax.Array, position_ids: jax.Array, vision_rows: jax.Array | None = None
@@ -128,7 +130,13 @@ class KeyeVL(nnx.Module):
             raise ValueError(f"input_ids hold {pads} image and video pad tokens, vision_rows {given} rows")
         if vision_rows is None or not pads:
             vision_rows = jnp.zeros((1, self.config.text.hidden_size), jnp.float32)
-        return _forward(self.arrays()["text"], ids, positions, jnp.asarray(vision_rows), is_vision, self.config)
+        with _bodies():
+            return _forward(self.arrays()["text"], ids, positions, jnp.asarray(vision_rows), is_vision, self.config)
+
+
+def _bodies() -> AbstractContextManager[None]:
+    """Kernels where the default device runs them, the plain bodies on other GPUs."""
+    return nullcontext() if runs_kernels(jax.devices()[0]) else reference_only()
 
 
 @partial(jax.jit, static_argnames="config")

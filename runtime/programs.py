@@ -52,7 +52,8 @@ class Programs:
 
     def __init__(self, bundle: Bundle, report: Report | None = None):
         self.platform = local_platform()
-        self.plain = self.platform == "cuda" and not _runs_kernels(jax.devices()[0])
+        self.plain = self.platform == "cuda" and getattr(jax.devices()[0], "compute_capability", None) != HOPPER
+        """Whether this machine runs graphs without kernels."""
         self.compile_s = 0.0
         """Seconds spent loading, exporting and compiling so far."""
         self._bundle = bundle
@@ -137,11 +138,6 @@ def local_platform() -> str:
     """The default backend by the name that jax.export knows it by."""
     backend = jax.default_backend()
     return {"gpu": "cuda"}.get(backend, backend)
-
-
-def _runs_kernels(device: jax.Device) -> bool:
-    """Whether the GPU kernels run on a device: they are made for Hopper's tensor cores and copy engine."""
-    return getattr(device, "compute_capability", None) == HOPPER
 
 
 def _check_params(key: GraphKey, wanted: Any, stored: Mapping[str, Any], mend: str) -> None:
