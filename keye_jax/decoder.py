@@ -1,5 +1,8 @@
-"""The text decoder over a cache: one chunk of tokens per row in, hidden states out. Prefill and decode are the same
-function; a chunk of one token selects ids instead of bits."""
+"""The text decoder over a cache: one chunk of tokens per row in, hidden states out.
+
+A chunk of one token is a decode step. It is the same mathematics in other kernels: reading the weights is all it does,
+so what lies between two products is fused with them.
+"""
 
 from typing import Any
 
@@ -16,6 +19,9 @@ from keye_jax.moe import moe
 from keye_jax.rope import mrope_tables, rotate
 
 Tables = tuple[jax.Array, jax.Array]
+
+DECODE_UNROLL = 8
+"""Layers of a decode step in one turn of its loop: on a GPU a turn costs as much as a fifth of a layer."""
 
 
 def embed(
@@ -103,11 +109,61 @@ def _attention(
         start,
         config.sparse.topk,
     )
-    if chunk == 1:
-        out = ops.attend_ids(q[:, 0], cache["kv"], layer, ops.select_ids(*selection))[:, None]
-    else:
-        out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start)
+    out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start)
     return project("bchk,hkd->bcd", out, attn["o_proj"]), cache
+
+
+def decode_layer(
+    stack: dict[str, Any],
+    layer: jax.Array,
+    h: jax.Array,
+    cache: Cache,
+    tables: tuple[Tables, Tables],
+    valid: jax.Array,
+    config: KeyeConfig,
+) -> tuple[jax.Array, Cache]:
+    """`decoder_layer` for one token a row: h [B, 1, D]."""
+    attn, indexer, eps = stack["attn"], stack["indexer"], config.text.rms_norm_eps
+    rows, start, capacity = h[:, 0], cache["length"], cache["kv"].shape[2]
+    with jax.named_scope("attention"):
+        inputs = ops.decode_inputs(
+            rows,
+            ops.Weights(
+                stack["input_layernorm"],
+                *(attn[name] for name in ("q_proj", "k_proj", "v_proj")),
+                *(indexer[name] for name in ("q_proj", "k_proj", "gate_proj")),
+                *(attn[name] for name in ("q_norm", "k_norm")),
+                *(indexer[name] for name in ("q_norm", "k_norm", "k_norm_bias")),
+            ),
+            ops.Tables(*(table[:, 0] for pair in tables for table in pair)),
+            ops.Caches(cache["kv"], cache["idx_k"], cache.get("idx_scale")),
+            layer,
+            jnp.where(valid > 0, start, capacity),
+            eps,
+        )
+        kv, idx_k, idx_scale = inputs.caches
+        ids = ops.select_ids(
+            inputs.idx_q[:, None],
+            inputs.idx_weights[:, None],
+            idx_k,
+            idx_scale,
+            layer,
+            start,
+            config.sparse.topk,
+        )
+        rows = ops.project_add(ops.attend_ids(inputs.q, kv, layer, ids), attn["o_proj"], layer, rows)
+    with jax.named_scope("moe"):
+        rows = ops.moe_step(
+            rows,
+            stack["post_attention_layernorm"],
+            *(stack["moe"][name] for name in ("router", "gate_up_proj", "down_proj")),
+            layer,
+            config.text.num_experts_per_tok,
+            config.text.norm_topk_prob,
+            eps,
+        )
+    cache = {**cache, "kv": kv, "idx_k": idx_k}
+    return rows[:, None], cache if idx_scale is None else {**cache, "idx_scale": idx_scale}
 
 
 def decoder(
@@ -132,11 +188,15 @@ def decoder(
     tables = rope_tables(positions, config, h.dtype)
     layers = params["layers"]
 
+    one_token = h.shape[1] == 1
+    step = decode_layer if one_token else decoder_layer
+
     def body(layer: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        return decoder_layer(layers, layer, *carry, tables, valid, config)
+        return step(layers, layer, *carry, tables, valid, config)
 
     # Carried, not scanned over: a cache that leaves a loop as a stacked output is copied.
-    h, cache = lax.fori_loop(0, config.text.num_hidden_layers, body, (h, cache))
+    unroll = DECODE_UNROLL if one_token else 1
+    h, cache = lax.fori_loop(0, config.text.num_hidden_layers, body, (h, cache), unroll=unroll)
     cache = {**cache, "length": cache["length"] + valid}
     return rms_norm(h, params["norm"], config.text.rms_norm_eps), cache
 

@@ -8,7 +8,10 @@ from jax import lax
 
 from keye_jax.config import TextConfig
 from keye_jax.layers import project
-from keye_jax.ops import grouped_matmul
+from keye_jax.ops import einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
+
+COUNTED = 128
+"""Tokens per block of the counting sort: below 256, so that bfloat16 operands and any accumulation are exact."""
 
 
 def route(router: jax.Array, m: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
@@ -43,24 +46,40 @@ def moe(
         stacks: "gate_up_proj" [L, E, D, 2F] and "down_proj" [L, E, F, D] of all layers.
         layer: which layer.
     """
-    N, D = m.shape
+    N, _ = m.shape
     weights, experts = route(params["router"], m, config)
     k = config.num_experts_per_tok
-    flat = experts.reshape(N * k)
-    # Stable: rows of one expert stay in token order, so results do not depend on the platform's sort.
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=config.num_experts).astype(jnp.int32)
-    rows = m[order // k]
-    gate_up = grouped_matmul(rows, stacks["gate_up_proj"], layer, sizes, m.dtype)
-    hidden = swiglu(gate_up)
-    out = grouped_matmul(hidden, stacks["down_proj"], layer, sizes, jnp.float32)
+    # The barrier keeps XLA from working out the positions again for each element that it gathers by them.
+    positions, sizes = lax.optimization_barrier(place(experts, config.num_experts))
+    rows = spread_rows(m, positions)
+    hidden = grouped_swiglu(rows, stacks["gate_up_proj"], layer, sizes)
+    row_weights = jnp.zeros(N * k).at[positions].set(weights, mode="promise_in_bounds", unique_indices=True)
     # The router weight multiplies the float32 product; each expert's row is rounded, then the k rows are summed.
-    out = (out * weights.reshape(N * k)[order, None]).astype(m.dtype)
-    restored = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(N, k, D)
-    return jnp.sum(restored, axis=1, dtype=jnp.float32).astype(m.dtype)
+    out = grouped_matmul(hidden, stacks["down_proj"], layer, sizes, m.dtype, row_weights)
+    return jnp.sum(out[positions], axis=1, dtype=jnp.float32).astype(m.dtype)
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up for [N, 2F] with gate in the first half; computed in float32, rounded once."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+def place(experts: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:
+    """Where each (token, expert) pair goes when pairs are sorted by expert, those of one expert in token order.
+
+    A counting sort: a pair comes after all pairs of lower experts and after its own expert's pairs of earlier tokens.
+
+    Args:
+        experts: [N, k] int32; the experts of one token differ.
+        E: how many experts there are.
+
+    Returns:
+        positions [N, k] int32, every number below N * k once, and the experts' pair counts [E] int32.
+    """
+    N, _ = experts.shape
+    blocks = -(-N // COUNTED)
+    chosen = jnp.any(experts[:, :, None] == jnp.arange(E), axis=1)
+    chosen = jnp.pad(chosen, ((0, blocks * COUNTED - N), (0, 0))).reshape(blocks, COUNTED, E).astype(jnp.bfloat16)
+    # Counts within a block of tokens as a product of zeros and ones: exact, and much faster than a cumulative sum.
+    earlier = jnp.tril(jnp.ones((COUNTED, COUNTED), jnp.bfloat16), -1)
+    in_block = einsum_f32("tu,bue->bte", earlier, chosen).astype(jnp.int32)
+    per_block = jnp.sum(chosen, axis=1, dtype=jnp.float32).astype(jnp.int32)
+    sizes = jnp.sum(per_block, axis=0)
+    first = (jnp.cumsum(per_block, axis=0) - per_block) + (jnp.cumsum(sizes) - sizes)
+    slots = (in_block + first[:, None]).reshape(blocks * COUNTED, E)[:N]
+    return jnp.take_along_axis(slots, experts, axis=1), sizes

@@ -1,20 +1,36 @@
 """The only door to the kernels: model code imports their public functions from here."""
 
 from kernels_pallas.common import einsum_f32
+from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.fused_linear import fused_linear, gelu_mlp
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, spread_rows
+from kernels_pallas.grouped_matmul.decode import moe_step
 from kernels_pallas.index_select import select_bits, select_ids
+from kernels_pallas.layer_norm import layer_norm
 from kernels_pallas.segment_attention import segment_attention
+from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_ids
 
 __all__ = [
+    "Caches",
+    "Tables",
+    "Weights",
     "attend_bits",
     "attend_ids",
+    "decode_inputs",
     "einsum_f32",
+    "fused_linear",
+    "gelu_mlp",
     "grouped_matmul",
+    "grouped_swiglu",
+    "layer_norm",
+    "moe_step",
+    "project_add",
     "reference_only",
     "runs_kernels",
     "segment_attention",
     "select_bits",
     "select_ids",
+    "spread_rows",
 ]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from keye_jax.config import VisionConfig
-from keye_jax.layers import layer_norm, linear, project
-from keye_jax.ops import segment_attention
+from keye_jax.layers import linear
+from keye_jax.ops import fused_linear, gelu_mlp, layer_norm, segment_attention
 from keye_jax.rope import rotate, vision_tables
 
 PROJECTOR_EPS = 1e-5
@@ -26,6 +26,11 @@ class PatchLayout(NamedTuple):
     grid_rows: jax.Array
     grid_columns: jax.Array
     segment: jax.Array  # index of the first patch of the same frame: nondecreasing
+
+    @property
+    def spans(self) -> jax.Array:
+        """[N, 2] int32, for `segment_attention`: a frame's patches see each other."""
+        return jnp.stack([self.segment, self.segment + self.grid_rows * self.grid_columns], axis=1)
 
 
 def patch_layout(grid_thw: jax.Array, patches: int) -> PatchLayout:
@@ -76,10 +81,11 @@ def vision_tower(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array
     layout = patch_layout(grid_thw, patches.shape[0])
     x = embed_patches(params, patches, layout, config)
     tables = vision_tables(layout.row, layout.column, config.head_dim, config.rope_theta)
+    spans = layout.spans
 
     def body(layer: jax.Array, x: jax.Array) -> jax.Array:
         block = jax.tree.map(lambda w: w[layer], params["layers"])
-        return vision_block(block, x, tables, layout.segment, config)
+        return vision_block(block, x, tables, spans, config)
 
     x = lax.fori_loop(0, config.num_hidden_layers, body, x)
     post = params["post_layernorm"]
@@ -88,10 +94,10 @@ def vision_tower(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array
 
 def embed_patches(params: dict[str, Any], patches: jax.Array, layout: PatchLayout, config: VisionConfig) -> jax.Array:
     """Patch embedding plus the position table interpolated at each patch: [N, C]."""
-    weight = params["patch_embedding"]["weight"]
+    weight, bias = params["patch_embedding"]["weight"], params["patch_embedding"]["bias"]
     pixels = patches.reshape(patches.shape[0], config.patch_dim).astype(weight.dtype)
-    x = linear(pixels, params["patch_embedding"])
-    return x + interpolate_positions(params["position_embedding"], layout, config.table_side).astype(x.dtype)
+    positions = interpolate_positions(params["position_embedding"], layout, config.table_side)
+    return fused_linear(pixels, weight, bias, positions.astype(weight.dtype))
 
 
 def interpolate_positions(table: jax.Array, layout: PatchLayout, side: int) -> jax.Array:
@@ -117,23 +123,26 @@ def vision_block(
     params: dict[str, Any],
     x: jax.Array,
     tables: tuple[jax.Array, jax.Array],
-    segments: jax.Array,
+    spans: jax.Array,
     config: VisionConfig,
 ) -> jax.Array:
-    """One pre-norm encoder block for x [N, C]."""
+    """One pre-norm encoder block for x [N, C]; spans as in `segment_attention`."""
+    N, C = x.shape
     eps = config.layer_norm_eps
+
+    def flat(name: str, *shape: int) -> tuple[jax.Array, jax.Array]:
+        return params[name]["weight"].reshape(shape), params[name]["bias"].reshape(-1)
+
     with jax.named_scope("vision_attention"):
         a = layer_norm(x, params["layer_norm1"]["weight"], params["layer_norm1"]["bias"], eps)
-        q, k, v = (
-            project("nc,chw->nhw", a, params[name]["weight"], params[name]["bias"])
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        out = segment_attention(rotate(q, *tables), rotate(k, *tables), v, segments)
-        x = x + project("nhw,hwc->nc", out, params["out_proj"]["weight"], params["out_proj"]["bias"])
+        heads = params["q_proj"]["bias"].shape
+        q, k, v = (fused_linear(a, *flat(name, C, -1)).reshape(N, *heads) for name in ("q_proj", "k_proj", "v_proj"))
+        out = segment_attention(rotate(q, *tables), rotate(k, *tables), v, spans)
+        x = fused_linear(out.reshape(N, -1), *flat("out_proj", -1, C), x)
     with jax.named_scope("vision_mlp"):
         m = layer_norm(x, params["layer_norm2"]["weight"], params["layer_norm2"]["bias"], eps)
-        hidden = jax.nn.gelu(linear(m, params["fc1"]).astype(jnp.float32), approximate=True).astype(x.dtype)
-        return x + linear(hidden, params["fc2"])
+        fc1, fc2 = ((params[name]["weight"], params[name]["bias"]) for name in ("fc1", "fc2"))
+        return gelu_mlp(m, fc1, fc2, x)
 
 
 def project_rows(params: dict[str, Any], hidden: jax.Array, grid_thw: jax.Array, config: VisionConfig) -> jax.Array:

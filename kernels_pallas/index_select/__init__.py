@@ -8,10 +8,14 @@ A query at sequence index t sees keys 0..t and selects the min(t + 1, topk) of l
 key index. The same set leaves every backend, for any chunking or batching.
 """
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.common import WORD
-from kernels_pallas.index_select import reference
+from kernels_pallas.dispatch import dispatch
+from kernels_pallas.index_select import gpu_bits, gpu_ids, reference
 
 
 def select_bits(
@@ -29,7 +33,7 @@ def select_bits(
         idx_q: [B, C, J, I] index queries; float8_e4m3fn, bfloat16 or float32.
         weights: [B, C, J] float32, gate times the query's scales.
         idx_k: [L, B, S, I] index-key cache of all layers, same dtype; S a multiple of 32.
-        key_scale: [L, B, S] float32, or None where keys are not quantised.
+        key_scale: [L, B, S] float32 powers of two, or None where keys are not quantised.
         layer: which layer's cache, int32 scalar.
         start: [B] int32, sequence index of the first query of each row.
         topk: how many keys a query attends to.
@@ -41,7 +45,9 @@ def select_bits(
         ValueError: shapes that do not fit together.
     """
     _check(idx_q, weights, idx_k, key_scale, topk)
-    return reference.select_bits(idx_q, weights, idx_k, key_scale, layer, start, topk)
+    cuda = partial(gpu_bits.select_bits, topk=topk) if gpu_bits.supports(idx_q, idx_k, topk) else None
+    plain = partial(reference.select_bits, topk=topk)
+    return dispatch(plain, cuda, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start)
 
 
 def select_ids(
@@ -60,7 +66,9 @@ def select_ids(
     _check(idx_q, weights, idx_k, key_scale, topk)
     if idx_q.shape[1] != 1:
         raise ValueError(f"select_ids takes one query per sequence, got idx_q {idx_q.shape}")
-    return reference.select_ids(idx_q, weights, idx_k, key_scale, layer, start, topk)
+    cuda = partial(gpu_ids.select_ids, topk=topk) if gpu_ids.supports(idx_q, idx_k) else None
+    plain = partial(reference.select_ids, topk=topk)
+    return dispatch(plain, cuda, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start)
 
 
 def _check(idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int) -> None:

@@ -2,15 +2,16 @@
 
 import jax
 
-from kernels_pallas.segment_attention import reference
+from kernels_pallas.dispatch import dispatch
+from kernels_pallas.segment_attention import gpu, reference
 
 
-def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: jax.Array) -> jax.Array:
     """Bidirectional attention between tokens of the same segment.
 
     Args:
         q, k, v: [N, H, K].
-        segments: [N] int32, nondecreasing: a segment's tokens are consecutive.
+        spans: [N, 2] int32, where each token's segment begins and ends: the first token and the one behind the last.
 
     Returns:
         [N, H, K], dtype of q; softmax in float32, scale K ** -0.5.
@@ -18,6 +19,7 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Ar
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if q.ndim != 3 or q.shape != k.shape or k.shape != v.shape or segments.shape != q.shape[:1]:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} and segments {segments.shape} do not fit")
-    return reference.segment_attention(q, k, v, segments)
+    if q.ndim != 3 or q.shape != k.shape or k.shape != v.shape or spans.shape != (q.shape[0], 2):
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} and spans {spans.shape} do not fit")
+    cuda = gpu.segment_attention if gpu.supports(q) else None
+    return dispatch(reference.segment_attention, cuda, q, k, v, spans)

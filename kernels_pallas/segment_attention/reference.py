@@ -13,27 +13,27 @@ from kernels_pallas.common import SoftmaxState, einsum_f32
 TILE = 256
 
 
-def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: jax.Array) -> jax.Array:
     """See `kernels_pallas.segment_attention.segment_attention`."""
     N, H, K = q.shape
     tile = min(TILE, N)
     pad = -N % tile
     # Padding forms a segment of its own, behind all others.
-    segments = jnp.pad(segments, (0, pad), constant_values=jnp.iinfo(jnp.int32).max)
+    spans = jnp.concatenate([spans, jnp.broadcast_to(jnp.array([N, N + pad], spans.dtype), (pad, 2))])
     q, k, v = (jnp.pad(x, ((0, pad), (0, 0), (0, 0))) for x in (q, k, v))
 
     def query_tile(i: jax.Array) -> jax.Array:
-        own = lax.dynamic_slice_in_dim(segments, i * tile, tile)
+        own = lax.dynamic_slice_in_dim(spans, i * tile, tile)
         rows = lax.dynamic_slice_in_dim(q, i * tile, tile)
-        first = jnp.searchsorted(segments, own[0], side="left")
-        end = jnp.searchsorted(segments, own[-1], side="right")
+        first, end = own[0, 0], own[-1, 1]
 
         def add_tile(j: jax.Array, state: SoftmaxState) -> SoftmaxState:
             keys = lax.dynamic_slice_in_dim(k, j * tile, tile)
             values = lax.dynamic_slice_in_dim(v, j * tile, tile)
-            other = lax.dynamic_slice_in_dim(segments, j * tile, tile)
+            index = j * tile + jnp.arange(tile)
+            seen = (own[:, :1] <= index) & (index < own[:, 1:])
             scores = einsum_f32("qhk,shk->hqs", rows, keys) * K**-0.5
-            return state.add(scores, own[:, None] == other[None], values, "hqs,shk->hqk")
+            return state.add(scores, seen, values, "hqs,shk->hqk")
 
         state = SoftmaxState.start((H, tile), K)
         state = lax.fori_loop(first // tile, (end + tile - 1) // tile, add_tile, state)

@@ -1,12 +1,23 @@
 """Grouped-query attention over the selected keys only: exact softmax, one set per query shared by all heads."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.common import WORD
-from kernels_pallas.sparse_attention import reference
+from kernels_pallas.dispatch import dispatch
+from kernels_pallas.sparse_attention import gpu_bits, gpu_ids, reference
 
 
-def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.Array, start: jax.Array) -> jax.Array:
+def attend_bits(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array | int,
+    bits: jax.Array,
+    start: jax.Array,
+    most: int | None = None,
+) -> jax.Array:
     """Attention of a chunk of consecutive queries (prefill).
 
     Args:
@@ -15,6 +26,7 @@ def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.A
         layer: which layer's cache, int32 scalar.
         bits: [B, C, S // 32] uint32 from `index_select.select_bits`.
         start: [B] int32, sequence index of the first query; no key after start + C - 1 is selected.
+        most: no query selects more keys than this; it bounds the memory that a kernel takes. None: not known.
 
     Returns:
         [B, C, H, K], dtype of q; softmax in float32, scale K ** -0.5.
@@ -25,7 +37,8 @@ def attend_bits(q: jax.Array, kv: jax.Array, layer: jax.Array | int, bits: jax.A
     _check(q.shape[0], q.shape[2:], q, kv)
     if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
         raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
-    return reference.attend_bits(q, kv, layer, bits, start)
+    cuda = partial(gpu_bits.attend_bits, most=most) if gpu_bits.supports(q, kv) else None
+    return dispatch(reference.attend_bits, cuda, q, kv, jnp.asarray(layer, jnp.int32), bits, start)
 
 
 def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
@@ -42,7 +55,8 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Arr
     _check(q.shape[0], q.shape[1:], q, kv)
     if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
         raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
-    return reference.attend_ids(q, kv, layer, ids)
+    cuda = gpu_ids.attend_ids if gpu_ids.supports(q, kv) else None
+    return dispatch(reference.attend_ids, cuda, q, kv, jnp.asarray(layer, jnp.int32), ids)
 
 
 def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul.reference import swiglu
 
 D, F, LAYERS = 6, 5, 2
 
@@ -74,3 +75,9 @@ def test_bfloat16_operands(out_dtype: Any) -> None:
 def test_wrong_shapes_are_refused(x: tuple[int, ...], w: tuple[int, ...], sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         grouped_matmul(jnp.zeros(x), jnp.zeros(w), 0, jnp.zeros(sizes, jnp.int32), jnp.float32)
+
+
+def test_swiglu_gates_with_the_first_half() -> None:
+    gate_up = jnp.array([[0.0, 2.0, 5.0, -3.0]])
+    np.testing.assert_allclose(swiglu(gate_up), [[0.0, 2 / (1 + np.exp(-2)) * -3.0]], rtol=1e-6)
+    assert swiglu(gate_up.astype(jnp.bfloat16)).dtype == jnp.bfloat16

@@ -19,13 +19,19 @@ BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 attention = jax.jit(segment_attention)
 
 
+def spans(lengths: list[int]) -> jax.Array:
+    """Where the segment of each token begins and ends."""
+    end = np.cumsum(lengths)
+    return jnp.asarray(np.repeat(np.stack([end - lengths, end], axis=1), lengths, axis=0), jnp.int32)
+
+
 def check(lengths: list[int], dtype: Any = jnp.float32, seed: int = 0) -> None:
-    """Packs segments of the given lengths; their ids rise by more than one, as first-patch indices do."""
+    """Packs segments of the given lengths."""
     N = sum(lengths)
     rng = np.random.default_rng(seed)
     q, k, v = (jnp.asarray(rng.standard_normal((N, H, K)), dtype) for _ in range(3))
     first = np.cumsum([0, *lengths[:-1]])
-    out = attention(q, k, v, jnp.asarray(np.repeat(first, lengths), jnp.int32))
+    out = attention(q, k, v, spans(lengths))
     assert out.shape == (N, H, K)
     assert out.dtype == dtype
     actual = np.asarray(out, np.float64)
@@ -72,11 +78,11 @@ def test_segments_do_not_see_each_other() -> None:
     """Changing one segment leaves the others as they are, to the last bit."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((300, H, K)).astype(np.float32) for _ in range(3))
-    segments = jnp.asarray(np.repeat([0, 120, 200], [120, 80, 100]), jnp.int32)
-    before = np.asarray(attention(q, k, v, segments))
+    where = spans([120, 80, 100])
+    before = np.asarray(attention(q, k, v, where))
     for x in (q, k, v):
         x[120:200] *= 1e3
-    after = np.asarray(attention(q, k, v, segments))
+    after = np.asarray(attention(q, k, v, where))
     np.testing.assert_array_equal(before[:120], after[:120])
     np.testing.assert_array_equal(before[200:], after[200:])
     assert np.isfinite(after).all()
@@ -85,13 +91,14 @@ def test_segments_do_not_see_each_other() -> None:
 @pytest.mark.parametrize(
     "shapes",
     [
-        [(5, 2, 8), (4, 2, 8), (5, 2, 8), (5,)],
-        [(5, 2, 8), (5, 2, 8), (5, 2, 4), (5,)],
-        [(5, 2, 8), (5, 2, 8), (5, 2, 8), (4,)],
-        [(5, 16), (5, 16), (5, 16), (5,)],
+        [(5, 2, 8), (4, 2, 8), (5, 2, 8), (5, 2)],
+        [(5, 2, 8), (5, 2, 8), (5, 2, 4), (5, 2)],
+        [(5, 2, 8), (5, 2, 8), (5, 2, 8), (4, 2)],
+        [(5, 2, 8), (5, 2, 8), (5, 2, 8), (5,)],
+        [(5, 16), (5, 16), (5, 16), (5, 2)],
     ],
 )
 def test_wrong_shapes_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    q, k, v, segments = shapes
+    q, k, v, where = shapes
     with pytest.raises(ValueError, match="do not fit"):
-        segment_attention(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), jnp.zeros(segments, jnp.int32))
+        segment_attention(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), jnp.zeros(where, jnp.int32))

@@ -82,7 +82,7 @@ def _tower_stages(params: dict[str, Any], patches: jax.Array, grid: jax.Array, c
     stages = {"patch_embeddings": x, "encoder_layers": []}
     for layer in range(config.num_hidden_layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], vision["layers"])
-        x = vision_block(block, x, tables, layout.segment, config)
+        x = vision_block(block, x, tables, layout.spans, config)
         stages["encoder_layers"].append(x)
     post = vision["post_layernorm"]
     stages["tower"] = layer_norm(x, post["weight"], post["bias"], config.layer_norm_eps)

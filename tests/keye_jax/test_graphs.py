@@ -208,7 +208,7 @@ def test_segment_attention_memory_is_linear() -> None:
         temporary_bytes(
             segment_attention,
             *[jax.ShapeDtypeStruct((N, 3, 16), jnp.float32)] * 3,
-            jax.ShapeDtypeStruct((N,), jnp.int32),
+            jax.ShapeDtypeStruct((N, 2), jnp.int32),
         )
         for N in (1024, 8192)
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.moe import moe, route, swiglu
+from keye_jax.moe import moe, place, route
 from tests.keye_jax import dense_numpy as dense
 from tests.keye_jax.tiny import TINY, random_params
 
@@ -60,7 +60,11 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     np.testing.assert_array_equal(shuffled, np.asarray(together)[order])
 
 
-def test_swiglu_gates_with_the_first_half() -> None:
-    gate_up = jnp.array([[0.0, 2.0, 5.0, -3.0]])
-    np.testing.assert_allclose(swiglu(gate_up), [[0.0, 2 / (1 + np.exp(-2)) * -3.0]], rtol=1e-6)
-    assert swiglu(gate_up.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+@pytest.mark.parametrize(("tokens", "count", "k"), [(1, 5, 2), (127, 128, 8), (128, 8, 8), (300, 7, 3)])
+def test_pairs_are_placed_by_expert_in_token_order(tokens: int, count: int, k: int) -> None:
+    rng = np.random.default_rng(tokens)
+    experts = np.stack([rng.permutation(count)[:k] for _ in range(tokens)]).astype(np.int32)
+    positions, sizes = jax.jit(place, static_argnums=1)(experts, count)
+    order = np.argsort(experts.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(np.argsort(np.asarray(positions).reshape(-1)), order)
+    np.testing.assert_array_equal(sizes, np.bincount(experts.reshape(-1), minlength=count))

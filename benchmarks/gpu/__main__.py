@@ -1,0 +1,116 @@
+"""The full-size model on one GPU, with random weights: checks, times, floors, and a peer beside them.
+
+    python -m benchmarks.gpu --out benchmarks/results/gpu-h200.json
+
+Checks every kernel against its reference at the model's sizes and stops if one is wrong (exit code 1). Then times
+prefill, decode, the vision tower and every stage; then the peer, where torch and transformers are importable. The
+result is written after every figure. `--config tiny` tries all of it on a CPU in a minute.
+"""
+
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import options
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.report import tables
+
+PEER_CONTEXTS = (8192, 32768, 65536, 131072)
+PEER_DECODE = ((1, 8192), (1, 131072), (8, 32768))
+"""What fits a peer whose attention is dense and whose prefill is one piece."""
+
+PEER_SECONDS = 90
+"""What the peer takes, kept back from our own programs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    begin = time.monotonic()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = options.parse("python -m benchmarks.gpu", __doc__, argv)
+    args.out.unlink(missing_ok=True)
+    record = Record(args.out, args.seconds)
+    record.put(("command",), shlex.join(["python", "-m", "benchmarks.gpu", *argv]))
+    record.put(("date",), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    record.put(("commit",), args.commit or _commit())
+    record.put(("config",), args.config)
+    peer, code = "peer" in args.sections, 0
+    if args.sections - {"peer"}:
+        left = args.seconds - (PEER_SECONDS if peer and args.config == "30b" else 0)
+        command = [sys.executable, "-m", "benchmarks.gpu.measure", *argv, "--seconds", str(left)]
+        code = subprocess.run(command, env=_environment(), check=False).returncode
+        record = Record(args.out, args.seconds - (time.monotonic() - begin))
+    if peer and record.get("checks_passed") is not False:
+        _run_peers(args, record)
+    record.put(("seconds", "all"), round(time.monotonic() - begin, 1))
+    print(tables(record.data), flush=True)
+    return code
+
+
+def _environment() -> dict[str, str]:
+    # The allocator grows with the need instead of taking three quarters of the device at once: of the peak that it
+    # reports and of the memory that is left for 256K tokens, the rest would be missing.
+    return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def _run_peers(args: Any, record: Record) -> None:
+    """Fills prefill_s[context]["peer"], decode_ms[batch][context]["peer" (the better), "peer_eager", "peer_graph"] and
+    peer."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        record.put(("peer",), f"not run: no {' and no '.join(missing)}")
+        print(f"peer {record.get('peer')}", flush=True)
+        return
+    tiny = ["--tiny"] if args.config == "tiny" else []
+    contexts = [c for c in args.contexts if c in PEER_CONTEXTS or tiny]
+    sizes = [size for size in args.decode if size in PEER_DECODE or tiny]
+    batches, lengths = ([str(size[i]) for size in sizes] for i in (0, 1))
+    arguments = ["--batches", *batches, "--contexts", *lengths, "--eager", *map(str, contexts), *tiny]
+    found = _peer("torch_peer_graph", arguments, record)
+    record.put(("peer",), found)
+    for context, row in found.get("contexts", {}).items():
+        if "error" not in row:
+            record.put(("prefill_s", context, "peer"), row["prefill_s"])
+            if (1, int(context)) in sizes:
+                record.put(("decode_ms", 1, context, "peer_eager"), row["decode_ms"])
+            record.put(("peer_peak_gib", context), row["peak_gib"])
+    for batch, rows in found.get("decode_ms", {}).items():
+        for context, row in rows.items():
+            times = [ms for ms in row.values() if isinstance(ms, float)]
+            if times:
+                record.put(("decode_ms", batch, context, "peer_graph"), min(times))
+    for batch, rows in (record.get("decode_ms") or {}).items():
+        for context, row in list(rows.items()):
+            times = [row[name] for name in ("peer_eager", "peer_graph") if name in row]
+            if times:
+                record.put(("decode_ms", batch, context, "peer"), min(times))
+
+
+def _peer(module: str, arguments: list[str], record: Record) -> dict[str, Any]:
+    """What the peer's script wrote, also if it was stopped for lack of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peer.json"
+        command = [sys.executable, "-m", f"benchmarks.peers.{module}", str(out), *arguments]
+        try:
+            subprocess.run(command, check=False, timeout=max(record.left, 1))
+        except subprocess.TimeoutExpired:
+            print(f"{module}: stopped for lack of time", flush=True)
+        return json.loads(out.read_text()) if out.exists() else {"error": f"{module} wrote nothing"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

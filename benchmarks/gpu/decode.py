@@ -1,0 +1,66 @@
+"""Milliseconds a decode step takes: `graphs.decode` over a cache filled with random tokens."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu import variants
+from benchmarks.gpu.model import Compiler, Model, decode_state, lower_decode, random_cache
+from benchmarks.gpu.record import Record
+from keye_jax import graphs
+from keye_jax.config import KeyeConfig
+
+PROGRAMS = {"dsa": graphs.decode, "dense": variants.dense_decode}
+
+STEPS = graphs.MAX_DECODE_STEPS
+
+CALLS = 5
+"""Timed calls of STEPS tokens each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """(batch, context) pairs; the cache holds `context` tokens a row when the last call ends."""
+
+    sizes: tuple[tuple[int, int], ...]
+
+
+def add(config: KeyeConfig, plan: Plan, compiler: Compiler) -> None:
+    """Adds the programs ("decode", way, batch, context)."""
+    for way, program in PROGRAMS.items():
+        for batch, context in plan.sizes:
+            lower = partial(lower_decode, program, config, context, batch)
+            compiler.add(("decode", way, batch, context), lower)
+
+
+def measure(model: Model, plan: Plan, compiler: Compiler, record: Record) -> None:
+    """Fills decode_ms[batch][context][way]."""
+    for batch, context in plan.sizes:
+        for way in PROGRAMS:
+            program = compiler.get(("decode", way, batch, context))
+            if program is None:
+                continue
+            keys = ("decode_ms", batch, context, way)
+            ms = record.attempt(keys, 10, partial(_time, model, program, batch, context))
+            if ms is not None:
+                rate = 1e3 * batch / ms
+                print(f"decode batch {batch} {context:>7} {way:<5} {ms:8.3f} ms  {rate:7.0f} tokens/s", flush=True)
+
+
+def _time(model: Model, program: Any, batch: int, context: int) -> float:
+    """Milliseconds a step; the median call, each waited for as the runtime does to show tokens."""
+    config, state, taken = model.config, decode_state(batch), []
+    cache = random_cache(config, batch, context, context - (CALLS + 1) * STEPS)
+    logits = jnp.zeros((batch, config.text.vocab_size), jnp.float32)
+    for _ in range(CALLS + 1):  # the first is not counted
+        begin = time.perf_counter()
+        results = program(model.text, cache, logits, state, jnp.int32(STEPS))
+        cache, logits, state, tokens, finite = jax.block_until_ready(results)
+        taken.append((time.perf_counter() - begin) / STEPS)
+        if not bool(jnp.all(finite)) or bool(jnp.any(tokens == graphs.NO_TOKEN)):
+            raise FloatingPointError(f"decode of batch {batch} at {context} tokens gave no finite logits")
+    return round(1e3 * sorted(taken[1:])[CALLS // 2], 4)

@@ -1,0 +1,123 @@
+"""Seconds to prefill a whole prompt in chunks, and the device memory that it takes; batch 1.
+
+Three ways, see `variants`: dsa_random is the model as it is, whose random weights select keys without locality;
+dsa_local pays for the same selection and attends to local keys instead; dense attends to all.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import selections
+from benchmarks.gpu import variants
+from benchmarks.gpu.model import GIB, Compiler, Model, chunks, empty_cache, lower_prefill, peak_bytes
+from benchmarks.gpu.record import Record
+from keye_jax import graphs
+from keye_jax.config import KeyeConfig
+
+PROGRAMS = {"dsa_random": graphs.prefill, "dsa_local": variants.local_prefill, "dense": variants.dense_prefill}
+
+
+LONG = 262144
+"""Tokens of a prompt that is prefilled once, after its first chunk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Prompt lengths, tokens in a chunk (shorter prompts are one chunk), and timed runs of a prompt."""
+
+    contexts: tuple[int, ...]
+    chunk: int
+    repeats: int = 2
+
+    def length(self, context: int) -> int:
+        return min(self.chunk, context)
+
+
+def add(config: KeyeConfig, plan: Plan, compiler: Compiler) -> None:
+    """Adds the programs ("prefill", way, context)."""
+    for way, program in PROGRAMS.items():
+        for context in plan.contexts:
+            parts = jax.eval_shape(partial(_parts, config, way, context, plan.length(context)))
+            compiler.add(("prefill", way, context), partial(lower_prefill, program, config, context, parts[0]))
+
+
+def _parts(config: KeyeConfig, way: str, context: int, length: int) -> list[Any]:
+    """The prompt's chunks, each with its selection where that is made beforehand."""
+    parts: list[Any] = list(chunks(config, context, length))
+    if way == "dsa_local":
+        key, bits = jax.random.key(4, impl="rbg"), partial(selections.local_bits, queries=length, capacity=context)
+        parts = [
+            {**part, "bits": bits(jax.random.fold_in(key, number), number * length, topk=config.sparse.topk)[None]}
+            for number, part in enumerate(parts)
+        ]
+    return parts
+
+
+def measure(
+    model: Model, plan: Plan, ways: Sequence[str], contexts: Sequence[int], compiler: Compiler, record: Record
+) -> None:
+    """Fills prefill_s[context][way], and peak_gib[context] for the model itself: let it come first and contexts rise,
+    then the most that the device had in use so far was in use for it."""
+    for way in ways:
+        for context in contexts:
+            program = compiler.get(("prefill", way, context))
+            if program is None:
+                continue
+            run = partial(_time, model, way, program, context, plan, record)
+            seconds = record.attempt(("prefill_s", context, way), _guess(record, way, plan, context), run)
+            if seconds is None:
+                continue
+            if way == "dsa_random":
+                record.put(("peak_gib", context), round(_peak(program) / GIB, 2))
+                record.put(("compiled_gib", context), round(peak_bytes(program) / GIB, 2))
+            print(f"prefill {context:>7} {way:<11} {seconds:8.3f} s  {context / seconds:9.0f} tokens/s", flush=True)
+
+
+def _guess(record: Record, way: str, plan: Plan, context: int) -> float:
+    """Seconds that all runs of a context will take, from a shorter one and growth by the square."""
+    known = [(n, record.get("prefill_s", n, way)) for n in plan.contexts if n < context]
+    known = [(n, seconds) for n, seconds in known if seconds]
+    if not known:
+        return 0.0
+    length, seconds = known[-1]
+    return seconds * (context / length) ** 2 * (_repeats(plan, context) + 0.2)
+
+
+def _repeats(plan: Plan, context: int) -> int:
+    return plan.repeats if context < LONG else 1
+
+
+def _time(model: Model, way: str, program: Any, context: int, plan: Plan, record: Record) -> float | None:
+    """Median over whole prompts, from the first chunk's dispatch to the last logits; warm. None if there is no time."""
+    parts = _parts(model.config, way, context, plan.length(context))
+    logits = jnp.zeros((1, model.config.text.vocab_size), jnp.float32)
+
+    def prompt(parts: list[Any]) -> float:
+        cache, last = jax.block_until_ready((empty_cache(model.config, 1, context), logits + 0))
+        begin = time.perf_counter()
+        for part in parts:
+            cache, last = program(model.text, cache, last, part)
+        jax.block_until_ready((cache, last))
+        seconds = time.perf_counter() - begin
+        if not bool(jnp.all(jnp.isfinite(last))):
+            raise FloatingPointError(f"prefill {way} of {context} tokens ends in logits that are not finite")
+        return seconds
+
+    prompt(parts[:1])
+    # The first chunk is the fastest one.
+    if not record.allows(prompt(parts[:1]) * len(parts) * _repeats(plan, context), "prefill_s", context, way):
+        return None
+    return round(statistics.median(prompt(parts) for _ in range(_repeats(plan, context))), 4)
+
+
+def _peak(program: Any) -> int:
+    """Bytes in use at most so far, as the device counts them, or as compiled where it does not count."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_bytes(program)

@@ -1,0 +1,94 @@
+"""select_bits on Hopper GPUs: index scores of a block of queries, then their exact top-k as bits, block after block.
+
+`gpu_score` (Mosaic GPU) writes the float32 scores of `rows` queries against all visible keys and `gpu_topk` (Triton)
+selects from them, so that scores never exist for more than `rows` queries (256 MiB at 128K). Keys are converted once a
+call: e4m3 times a power of two is exact in bfloat16, and so are their products in float32 sums.
+
+FIGURES
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.index_select import gpu_score, gpu_threshold, gpu_topk
+from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, WIDTH
+
+MAX_BLOCKS_UNROLLED = 32
+MAX_HEADS = 16  # more queries do not fit the shared memory
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Measured choices; no effect on results."""
+
+    rows: int = 512
+    """Queries scored at a time, a multiple of QUERIES: their scores are the scratch."""
+    score: gpu_score.Tuning = field(default_factory=gpu_score.Tuning)
+    topk: gpu_threshold.Tuning = field(default_factory=gpu_threshold.Tuning)
+
+
+def supports(idx_q: jax.Array, idx_k: jax.Array, topk: int) -> bool:
+    """Whether `select_bits` takes these shapes and dtypes."""
+    B, C, J, I = idx_q.shape  # noqa: E741
+    S = idx_k.shape[2]
+    dtypes = idx_q.dtype == idx_k.dtype and idx_q.dtype in (jnp.float8_e4m3fn, jnp.bfloat16)
+    sizes = J <= MAX_HEADS and I <= WIDTH and S % TILE == 0 and topk < S
+    # Offsets into the result are 32-bit.
+    return dtypes and sizes and B * -(-C // QUERIES) * QUERIES * (S // UNIT) < 2**31
+
+
+def select_bits(
+    idx_q: jax.Array,
+    weights: jax.Array,
+    idx_k: jax.Array,
+    key_scale: jax.Array | None,
+    layer: jax.Array | int,
+    start: jax.Array,
+    topk: int,
+    tuning: Tuning = Tuning(),
+    interpret: Any = None,
+) -> jax.Array:
+    """See `kernels_pallas.index_select.select_bits`. Key scales must be powers of two.
+
+    Args:
+        tuning: sizes.
+        interpret: parameters of Pallas' interpret mode for GPUs, or None.
+    """
+    B, C, _, I = idx_q.shape  # noqa: E741
+    S = idx_k.shape[2]
+    # e4m3 values times a power of two are exact in bfloat16.
+    keys = lax.dynamic_index_in_dim(idx_k, layer, keepdims=False).astype(jnp.bfloat16)
+    if key_scale is not None:
+        scale = lax.dynamic_index_in_dim(key_scale, layer, keepdims=False)
+        keys *= scale.astype(jnp.bfloat16)[..., None]
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, WIDTH - I)))
+    keys = keys.transpose(0, 2, 1) if interpret else gpu_score.arrange(keys)
+    spare = -C % QUERIES
+    q = jnp.pad(idx_q.astype(jnp.bfloat16), ((0, 0), (0, spare), (0, 0), (0, WIDTH - I)))
+    weights = jnp.pad(weights.transpose(0, 2, 1), ((0, 0), (0, 0), (0, spare)))
+    start = start.astype(jnp.int32)
+
+    total = B * (C + spare)
+    rows = min(tuning.rows, total)
+    blocks = -(-total // rows)
+
+    @jax.jit  # one kernel for all blocks
+    def select_block(i: jax.Array, bits: jax.Array) -> jax.Array:
+        first = (i * (rows // QUERIES)).reshape(1)
+        scored = gpu_score.scores(
+            q, weights, keys, start, first, rows, gpu_topk.spare_rows(S, tuning.topk), topk, tuning.score, interpret
+        )
+        return gpu_topk.select_rows(*scored, bits, start, first, C + spare, topk, tuning.topk, interpret is not None)
+
+    bits = lax.empty((total, S // UNIT), jnp.uint8)
+    if blocks <= MAX_BLOCKS_UNROLLED:  # an iteration of a device loop costs 7-15 us
+        for i in range(blocks):
+            bits = select_block(jnp.int32(i), bits)
+    else:
+        bits = lax.fori_loop(0, blocks, select_block, bits)
+    words = lax.bitcast_convert_type(bits.reshape(B, C + spare, S // 32, 4), jnp.uint32)
+    return words[:, :C]

@@ -1,0 +1,122 @@
+"""Searches for the k-th largest of many numbers inside a GPU kernel, by counting.
+
+Scores are compared as sort keys: int32 of the same order. A step counts the keys at two pivots with one reduction over
+the program's threads. Nothing depends on the order of the keys, so that no result depends on the order of a list.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIDDEN = -(2**31)
+"""Sort key of what the query does not see; below that of every score."""
+MOST = 2**31 - 1
+
+
+def sort_key(score: jax.Array) -> jax.Array:
+    """int32 of the same order as float32; both zeros map to the same value."""
+    bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
+    return jnp.where(bits < 0, bits ^ MOST, bits)
+
+
+def boundary(
+    fold: Callable, n: jax.Array, topk: int, origin: jax.Array, S: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Threshold key, the id below which keys equal to it are selected, and how many are selected before `origin`.
+
+    Args:
+        fold: (measure, combine, initial) → the combination of measure(keys, ids) over the pieces of a list.
+        n: length of the list, at least topk.
+    """
+
+    def add(a: tuple, b: tuple) -> tuple:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    def total(mask: Callable) -> jax.Array:
+        return fold(lambda key, index: (jnp.sum(mask(key, index).astype(jnp.int32)),), add, (jnp.int32(0),))[0]
+
+    def count(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return fold(lambda key, _: count_two(key, p, q), add, (jnp.int32(0), jnp.int32(0)))
+
+    low, high = fold(
+        lambda key, _: bounds(key),
+        lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+        (jnp.int32(MOST), jnp.int32(HIDDEN)),
+    )
+    threshold, reached, above = search(count, low, high, n, topk, 0)
+
+    def halve(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = carry
+        middle = (low + high) // 2
+        enough = above + total(lambda key, index: (key == threshold) & (index < middle)) >= topk
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    # Only a surplus of equal keys needs a cut among them.
+    low = (reached == topk).astype(jnp.int32) * (S - 1)
+    _, cutoff = lax.while_loop(lambda carry: carry[1] - carry[0] > 1, halve, (low, jnp.int32(S)))
+    before = total(lambda key, index: ((key > threshold) | ((key == threshold) & (index < cutoff))) & (index < origin))
+    return threshold, cutoff, before
+
+
+def bounds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Smallest and largest visible key."""
+    return jnp.min(jnp.where(key == HIDDEN, MOST, key)), jnp.max(key)
+
+
+def count_two(key: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many keys are at least p, and at least q. One reduction for both: 16 bits hold either."""
+    both = jnp.sum(jnp.where(key >= p, 1, 0) + jnp.where(key >= q, 1 << 16, 0))
+    return both & 0xFFFF, both >> 16
+
+
+def search(
+    count: Callable, low: jax.Array, high: jax.Array, n: jax.Array, topk: int, slack: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Finds a threshold that topk to topk + slack of the keys reach, or the topk-th key where equal keys leave none.
+
+    Args:
+        count: (p, q) → how many keys are at least p, and at least q.
+        low, high: the smallest and the largest key.
+        n: how many keys there are, or any figure that is returned as `reached` if they are fewer than topk.
+
+    Returns:
+        (threshold, reached, above): how many keys reach the threshold; how many exceed it, if these are not topk to
+        topk + slack.
+    """
+
+    def unsettled(carry: tuple) -> jax.Array:
+        low, high, reached, *_ = carry
+        return ((high - low).astype(jnp.uint32) > 1) & (reached > topk + slack)
+
+    def narrow(carry: tuple) -> tuple:
+        low, high, reached, above, turn = carry
+        gap = (high - low).astype(jnp.uint32)
+        # Two pivots around where the threshold would be if keys were spread evenly, as close as their number allows.
+        # Every fourth step divides in three, so that no distribution takes many steps.
+        inside = (reached - above).astype(jnp.float32)
+        even = ((turn & 3) == 3).astype(jnp.float32)
+        at = (reached - topk - slack // 2).astype(jnp.float32) / inside
+        at += even * (1 / 2 - at)
+        margin = 0.35 * lax.rsqrt(inside) + 1.5e-5 * inside
+        margin += even * (1 / 6 - margin)
+
+        def pivot(fraction: jax.Array) -> jax.Array:
+            offset = (gap.astype(jnp.float32) * jnp.maximum(fraction, 0.0)).astype(jnp.uint32)
+            return low + jnp.minimum(jnp.maximum(offset, 1), gap - 1).astype(jnp.int32)
+
+        p, q = pivot(at - margin), pivot(at + margin)
+        at_p, at_q = count(p, q)
+        return (
+            jnp.where(at_q >= topk, q, jnp.where(at_p >= topk, p, low)),
+            jnp.where(at_q >= topk, high, jnp.where(at_p >= topk, q, p)),
+            jnp.where(at_q >= topk, at_q, jnp.where(at_p >= topk, at_p, reached)),
+            jnp.where(at_q >= topk, above, jnp.where(at_p >= topk, at_q, at_p)),
+            turn + 1,
+        )
+
+    # Nothing reaches the key above the largest one.
+    found = lax.while_loop(unsettled, narrow, (low, high + 1, n, jnp.int32(0), jnp.int32(0)))
+    threshold, _, reached, above, _ = found
+    return threshold, reached, above

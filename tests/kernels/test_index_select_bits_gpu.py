@@ -1,0 +1,121 @@
+"""The GPU bodies of select_bits, interpreted on the CPU.
+
+Interpret mode cannot run the inline part of `gpu_score` that permutes and stores registers: there the kernel takes keys
+in their own order and stores plainly. The benchmark on the GPU compares the whole with the reference before it times.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name in JAX 0.10.2
+
+from kernels_pallas.common import pack_bits
+from kernels_pallas.index_select import gpu_bits, gpu_score, gpu_threshold, gpu_topk, reference
+
+TOPK = gpu_threshold.Tuning(groups=64, listed=64, bracket=32, gather=16, unroll=2, warps=1)
+"""So small that a row of 1,024 keys takes every path: both sources of bounds, listed or not, narrowed or not."""
+TUNING = gpu_bits.Tuning(rows=64, score=gpu_score.Tuning(warpgroups=2, stages=1, programs=1), topk=TOPK)
+ROWS, S, K = 64, 1024, 24
+
+
+topk_mask = jax.jit(reference.topk_mask, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=3)
+def select(scores: jax.Array, start: jax.Array, first: jax.Array, chunk: int) -> jax.Array:
+    """Rows of scores → bits of `first`'s rows, [ROWS, S // 32]."""
+    spare = gpu_topk.spare_rows(S, TOPK)
+    scores = jnp.pad(scores, ((0, spare), (0, 0)), constant_values=jnp.nan)
+    tops = scores.reshape(-1, S // 8, 8).max(2)
+    maxima = tops[:, gpu_score.unit_at(jnp.arange(S // 8))]
+    bits = jnp.full((start.shape[0] * chunk, S // 8), 0xA5, jnp.uint8)  # what was there before must go
+    bits = gpu_topk.select_rows(scores, maxima, bits, start, first, chunk, K, TOPK, interpret=True)
+    words = jax.lax.bitcast_convert_type(bits.reshape(-1, S // 32, 4), jnp.uint32)
+    return jax.lax.dynamic_slice_in_dim(words, first[0] * ROWS, ROWS)
+
+
+def rows_of(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """[ROWS, S] scores."""
+    normal = rng.normal(size=(ROWS, S))
+    match kind:
+        case "normal":
+            return normal
+        case "negative":
+            return -np.abs(normal)
+        case "equal":
+            return np.full((ROWS, S), -3.5)
+        case "zeros":
+            return np.where(normal < 0, -0.0, 0.0)
+        case "few values":
+            return rng.integers(-1, 2, (ROWS, S))
+        case "mostly one value":
+            return np.where(rng.random((ROWS, S)) < 0.98, 0.0, normal)
+        case "clustered":
+            return np.repeat(rng.normal(size=(ROWS, S // 16)), 16, axis=1) + 1e-3 * normal
+        case "rising":
+            return np.arange(S) + 0 * normal
+        case "huge":
+            return rng.choice([3e38, -3e38, 2.0**-126, 0.0, 1.0], (ROWS, S))
+    raise ValueError(kind)
+
+
+KINDS = "normal", "negative", "equal", "zeros", "few values", "mostly one value", "clustered", "rising", "huge"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [0, 5, 100, 447, S - ROWS])
+def test_rows(kind: str, start: int) -> None:
+    """Ragged starts; rows that see at most topk keys, and rows that see nearly all or all of them. They are the second
+    block of a batch of two sequences."""
+    scores = jnp.asarray(rows_of(kind, np.random.default_rng(start)), jnp.float32)
+    visible = jnp.arange(S) <= start + jnp.arange(ROWS)[:, None]
+    expected = pack_bits(topk_mask(scores, visible, K))
+    actual = select(scores, jnp.array([900, start], jnp.int32), jnp.ones(1, jnp.int32), ROWS)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_arranged_keys_and_units() -> None:
+    """Thread q of a quad holds columns 8i + 2q and 8i + 2q + 1 of each tile, and with them whole units."""
+    keys = jnp.arange(256, dtype=jnp.int32).reshape(1, 256, 1)
+    columns = np.asarray(gpu_score.arrange(keys))[0, 0].reshape(2, 16, 4, 2)  # tile, i, q, b
+    for tile, q, group in np.ndindex(2, 4, 4):
+        held = columns[tile, 4 * group : 4 * group + 4, q].ravel()
+        np.testing.assert_array_equal(held, 128 * tile + 32 * group + 8 * q + np.arange(8))
+        # The thread stores this unit's maximum as its `group`-th.
+        assert gpu_score.unit_at(jnp.int32(16 * tile + 4 * q + group)) == held[0] // 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "B", "start"), [(jnp.float8_e4m3fn, 2, (120, 9)), (jnp.bfloat16, 1, (30,))], ids=["fp8", "bf16"]
+)
+def test_whole(dtype: jnp.dtype, B: int, start: tuple[int, ...]) -> None:
+    """Small integers, so that float32 sums are exact: padded chunks and heads, ragged starts, a layer that is not 0."""
+    rng = np.random.default_rng(0)
+    C, J, I, L, capacity = 7, 2, 16, 2, 128 * B  # noqa: E741
+
+    def integers(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+
+    idx_q, idx_k = integers(B, C, J, I).astype(dtype), integers(L, B, capacity, I).astype(dtype)
+    scale = 2.0 ** integers(L, B, capacity) if dtype == jnp.float8_e4m3fn else None
+    args = idx_q, integers(B, C, J), idx_k, scale, jnp.int32(1), jnp.array(start, jnp.int32)
+    expected = reference.select_bits(*args, K)
+    actual = gpu_bits.select_bits(*args, K, TUNING, InterpretGPUParams())
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_supports() -> None:
+    def supports(dtype: str = "bfloat16", J: int = 16, I: int = 64, S: int = 4096, topk: int = 2048) -> bool:  # noqa: E741
+        q = jnp.zeros((1, 1, J, I), dtype)
+        return gpu_bits.supports(q, jnp.zeros((1, 1, S, I), dtype), topk)
+
+    assert supports()
+    assert supports("float8_e4m3fn", J=4, I=16)
+    assert not supports("float32")
+    assert not supports(J=32)
+    assert not supports(I=128)
+    assert not supports(S=4000)
+    assert not supports(topk=4096)
