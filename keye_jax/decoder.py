@@ -109,7 +109,7 @@ def _attention(
         start,
         config.sparse.topk,
     )
-    out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start)
+    out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start, most=config.sparse.topk)
     return project("bchk,hkd->bcd", out, attn["o_proj"]), cache
 
 
