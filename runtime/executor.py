@@ -151,7 +151,8 @@ class Executor:
         area = self._facts.merge_size**2
         parts: list[np.ndarray] = []
         done = 0
-        for patches, grid in prompt.patch_batches(buckets.MAX_BATCH_PATCHES):
+        most = buckets.batch_patches(self.programs.platform, self.programs.plain)
+        for patches, grid in prompt.patch_batches(most):
             count = len(patches)
             size = buckets.patches(count)
             program = self._timed(timings, self.programs.vision, size)

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     compile_cache.enable()
     programs = Programs(bundle, lambda line: progress(line, 0, 0))
     used = [programs.prefill(1, programs.chunk(1, first, length), first), programs.decode(1, last)]
-    counts = prompt.patch_counts(buckets.MAX_BATCH_PATCHES)
+    counts = prompt.patch_counts(buckets.batch_patches(programs.platform, programs.plain))
     used += [programs.vision(size) for size in sorted({buckets.patches(count) for count in counts})]
     progress.close()
     print(f"platform: {local_platform()}, 1 device")

@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu --out benchmarks/results/gpu-h200.json
 
-Checks every kernel against its reference at the model's sizes and stops if one is wrong (exit code 1). Then times
-prefill, decode, the vision tower and every stage; then the peer, where torch and transformers are importable. The
-result is written after every figure. `--config tiny` tries all of it on a CPU in a minute.
+Times the peer, where torch and transformers are importable. Then checks every kernel against its reference at the
+model's sizes, and stops if one is wrong (exit code 1). Then times prefill, decode, the vision tower and every stage.
+The result is written after every figure. `--config tiny` tries all of it on a CPU in a few minutes.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ PEER_CONTEXTS = (8192, 32768, 65536, 131072)
 PEER_DECODE = ((1, 8192), (1, 131072), (8, 32768))
 """What fits a peer whose attention is dense and whose prefill is one piece."""
 
-PEER_SECONDS = 90
-"""What the peer takes, kept back from our own programs."""
+
+CHECK_SECONDS = {"30b": 120, "tiny": 900}
+"""After which checks that have not ended have failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,23 +45,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.put(("date",), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     record.put(("commit",), args.commit or _commit())
     record.put(("config",), args.config)
-    peer, code = "peer" in args.sections, 0
-    if args.sections - {"peer"}:
-        left = args.seconds - (PEER_SECONDS if peer and args.config == "30b" else 0)
-        command = [sys.executable, "-m", "benchmarks.gpu.measure", *argv, "--seconds", str(left)]
-        code = subprocess.run(command, env=_environment(), check=False).returncode
-        record = Record(args.out, args.seconds - (time.monotonic() - begin))
-    if peer and record.get("checks_passed") is not False:
-        _run_peers(args, record)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        # Tracing takes a core for a minute and no device: it goes on while the peer is timed.
+        outs = [Path(folder) / f"{part}.json" for part in args.parts] if "checks" in args.sections else []
+        checkers = [
+            stack.enter_context(_held("check", [*argv, "--out", str(out), "--parts", part]))
+            for out, part in zip(outs, args.parts, strict=False)
+        ]
+        ours = args.sections - {"checks", "peer"}
+        measure = stack.enter_context(_held("measure", argv)) if ours else None
+        if "peer" in args.sections:
+            _run_peers(args, record)
+        record.put(("seconds", "peer"), round(time.monotonic() - begin, 1))
+        for process in [*checkers, measure]:
+            _go_on(process)
+        limit = time.monotonic() + CHECK_SECONDS[args.config]
+        codes = [_exit_code(process, limit) for process in checkers]
+        passed = not any(codes)
+        for out in outs:
+            for name, outcome in Record(out, 0).get("checks").items() if out.exists() else ():
+                record.put(("checks", name), outcome)
+        if checkers:
+            record.put(("checks_passed",), passed)
+            record.put(("seconds", "checks"), round(time.monotonic() - begin, 1))
+        code = 0 if passed else 1
+        if measure is not None and (passed or args.go_on):
+            _go_on(measure)
+            code = max(code, measure.wait())
+    record = Record(args.out, 0)
     record.put(("seconds", "all"), round(time.monotonic() - begin, 1))
     print(tables(record.data), flush=True)
     return code
 
 
-def _environment() -> dict[str, str]:
+def _exit_code(process: subprocess.Popen[str], limit: float) -> int:
+    """Waits until a time at most: a kernel that hangs is wrong, and takes the rest of the run otherwise."""
+    try:
+        return process.wait(max(limit - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        print(f"{process.args}: did not end in time", flush=True)
+        process.kill()
+        return 1
+
+
+@contextlib.contextmanager
+def _held(module: str, argv: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that traces its programs and then waits for `_go_on`; it ends at the latest with the context."""
+    command = [sys.executable, "-m", f"benchmarks.gpu.{module}", *argv, "--hold"]
+    process = subprocess.Popen(command, env=_environment(module), stdin=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        with process:
+            pass
+
+
+def _go_on(process: subprocess.Popen[str] | None) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has failed and said why
+        if process is not None and process.stdin is not None:
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+
+def _environment(module: str) -> dict[str, str]:
     # The allocator grows with the need instead of taking three quarters of the device at once: of the peak that it
     # reports and of the memory that is left for 256K tokens, the rest would be missing.
-    return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if module == "check":
+        # XLA may leave roundings to bfloat16 out; the references are compared as they are written.
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_allow_excess_precision=false"]
+        environment["XLA_FLAGS"] = " ".join(flags).strip()
+    return environment
 
 
 def _commit() -> str:

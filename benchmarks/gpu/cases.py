@@ -38,10 +38,14 @@ class Sizes:
 TINY_SIZES = Sizes(long=1024, short=256, queries=64, rows=256, frames=3, patches=64)
 
 
-def all_cases(config: KeyeConfig, sizes: Sizes) -> list[Case]:
-    """Every case for a model's sizes."""
-    parts = (_selection, _decode_selection, _attention, _decode_attention, _vision)
-    return [case for part in parts for case in part(config, sizes)]
+def selection_cases(config: KeyeConfig, sizes: Sizes) -> list[Case]:
+    """Of the selection, for a model's sizes."""
+    return [*_selection(config, sizes), *_decode_selection(config, sizes)]
+
+
+def attention_cases(config: KeyeConfig, sizes: Sizes) -> list[Case]:
+    """Of attention, the vision tower's included."""
+    return [*_attention(config, sizes), *_decode_attention(config, sizes), *_vision(config, sizes)]
 
 
 # Selection. A kind is what the scores look like; `start` is where the chunk begins.

@@ -6,6 +6,7 @@ bits, and once under `reference_only`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,14 +64,24 @@ class Checks:
     def run(self) -> Iterator[tuple[str, Outcome]]:
         """Outcomes by name, case after case."""
         for case in self._cases:
-            keys = list(_programs(case))
-            make, kernel, reference, compare = (self._compiler.get(key) for key in keys)
-            error, same = float("inf"), False
-            if make and kernel and reference and compare:
-                arguments = make()
-                once, again, expected = kernel(*arguments), kernel(*arguments), reference(*arguments)
-                error, same = compare(once, again, expected, *arguments)
-            yield case.name, Outcome(float(error), case.bound, bool(same), keys[1] in self._compiler.kernels)
+            yield case.name, attempt(case.name, partial(self._outcome, case))
+
+    def _outcome(self, case: Case) -> Outcome:
+        keys = list(_programs(case))
+        make, kernel, reference, compare = (self._compiler.get(key) for key in keys)
+        arguments = make()
+        once, again, expected = kernel(*arguments), kernel(*arguments), reference(*arguments)
+        error, same = compare(once, again, expected, *arguments)
+        return Outcome(float(error), case.bound, bool(same), keys[1] in self._compiler.kernels)
+
+
+def attempt(name: str, run: Callable[[], Outcome]) -> Outcome:
+    """What `run` returns; if it raises, a failure."""
+    try:
+        return run()
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+        return Outcome(float("inf"), 0, False, False)
 
 
 def _programs(case: Case) -> dict[Any, Callable[[], Any]]:

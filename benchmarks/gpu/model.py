@@ -1,5 +1,6 @@
 """The model with random weights made on the device, and its programs as the runtime exports them."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,10 +205,16 @@ def abstract_logits(config: KeyeConfig, batch: int) -> jax.ShapeDtypeStruct:
 
 
 class Compiler:
-    """Compiles programs side by side, in the order in which they are added, while others are traced or run."""
+    """Compiles programs side by side, in the order in which they are added, while others are traced or run.
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(14)
+    Args:
+        held: nothing is compiled before `release`; the compiler tries things out on the device.
+    """
+
+    def __init__(self, *, held: bool = False) -> None:
+        self._pool, self._held = ThreadPoolExecutor(12), threading.Event()
+        if not held:
+            self.release()
         self._programs: dict[Any, Future[Any]] = {}
         self.failed: list[str] = []
         self.kernels: set[Any] = set()
@@ -224,7 +231,15 @@ class Compiler:
                 return
             if any(name in lowered.as_text() for name in ("mosaic_gpu", "triton")):
                 self.kernels.add(key)
-            self._programs[key] = self._pool.submit(lowered.compile)
+            self._programs[key] = self._pool.submit(self._compile, lowered)
+
+    def release(self) -> None:
+        """Begins to compile."""
+        self._held.set()
+
+    def _compile(self, lowered: Any) -> Any:
+        self._held.wait()
+        return lowered.compile()
 
     def get(self, key: Any) -> Any:
         """Waits for a program; None if it was not added or does not compile."""

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+PARTS = ("selection", "attention", "products", "whole")
 SECTIONS = ("checks", "prefill", "decode", "vision", "stages", "profile", "peer")
 
 _FULL = {
@@ -31,8 +32,13 @@ def parse(prog: str, description: str | None, argv: Sequence[str] | None = None)
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="timed prefills below 256K (default 2)")
     parser.add_argument("--frames", type=int, metavar="N", help="frames of video (default 2880, an hour)")
     parser.add_argument("--frames-per-call", type=int, metavar="N", help="of them in a call (default 32)")
-    parser.add_argument("--seconds", type=float, default=540, help="what does not fit into this is left out")
+    parser.add_argument("--seconds", type=float, default=360, help="what does not fit into this is left out")
+    parser.add_argument(
+        "--go-on", action="store_true", help="time also what a check found wrong (exit code 1 all the same)"
+    )
     parser.add_argument("--config", choices=("30b", "tiny"), default="30b", help="tiny: to try the benchmark on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what benchmarks.gpu.check checks")
+    parser.add_argument("--hold", action="store_true", help="trace, and go on when a line comes from standard input")
     parser.add_argument("--commit", help="the version that is measured (default: what git says)")
     args = parser.parse_args(argv)
     tiny = args.config == "tiny"

@@ -6,7 +6,7 @@ dsa_local pays for the same selection and attends to local keys instead; dense a
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,20 +44,22 @@ def add(config: KeyeConfig, plan: Plan, compiler: Compiler) -> None:
     """Adds the programs ("prefill", way, context)."""
     for way, program in PROGRAMS.items():
         for context in plan.contexts:
-            parts = jax.eval_shape(partial(_parts, config, way, context, plan.length(context)))
-            compiler.add(("prefill", way, context), partial(lower_prefill, program, config, context, parts[0]))
+            if way == "dsa_local" and context == selections.POOL:
+                continue  # there, 16 queries share every key
+            part = jax.eval_shape(lambda n=context, way=way: next(_parts(config, way, n, plan.length(n))))
+            compiler.add(("prefill", way, context), partial(lower_prefill, program, config, context, part))
 
 
-def _parts(config: KeyeConfig, way: str, context: int, length: int) -> list[Any]:
+def _parts(config: KeyeConfig, way: str, context: int, length: int) -> Iterator[Any]:
     """The prompt's chunks, each with its selection where that is made beforehand."""
-    parts: list[Any] = list(chunks(config, context, length))
-    if way == "dsa_local":
-        key, bits = jax.random.key(4, impl="rbg"), partial(selections.local_bits, queries=length, capacity=context)
-        parts = [
-            {**part, "bits": bits(jax.random.fold_in(key, number), number * length, topk=config.sparse.topk)[None]}
-            for number, part in enumerate(parts)
-        ]
-    return parts
+    key = jax.random.key(4, impl="rbg")
+    for number, part in enumerate(chunks(config, context, length)):
+        if way == "dsa_local":
+            own, first = jax.random.fold_in(key, number), number * length
+            bits = selections.local_bits(own, first, queries=length, capacity=context, topk=config.sparse.topk)
+            yield {**part, "bits": bits[None]}
+        else:
+            yield part
 
 
 def measure(
@@ -96,7 +98,7 @@ def _repeats(plan: Plan, context: int) -> int:
 
 def _time(model: Model, way: str, program: Any, context: int, plan: Plan, record: Record) -> float | None:
     """Median over whole prompts, from the first chunk's dispatch to the last logits; warm. None if there is no time."""
-    parts = _parts(model.config, way, context, plan.length(context))
+    parts = list(_parts(model.config, way, context, plan.length(context)))
     logits = jnp.zeros((1, model.config.text.vocab_size), jnp.float32)
 
     def prompt(parts: list[Any]) -> float:

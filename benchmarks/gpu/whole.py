@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.checks import Outcome, same_bits
+from benchmarks.gpu.checks import Outcome, attempt, same_bits
 from benchmarks.gpu.model import DTYPE, TINY, Compiler, abstract, abstract_logits, decode_state
 from kernels_pallas.dispatch import reference_only
 from keye_jax import KeyeConfig, graphs
@@ -36,8 +36,8 @@ class Whole:
     def run(self) -> Iterator[tuple[str, Outcome]]:
         """Outcomes by name."""
         for golden in self._golden:
-            yield f"golden tokens {golden.mode}", golden.outcome()
-        yield "bfloat16 model", self._rounded.outcome()
+            yield f"golden tokens {golden.mode}", attempt(golden.mode, golden.outcome)
+        yield "bfloat16 model", attempt("bfloat16 model", self._rounded.outcome)
 
 
 class _Golden:

@@ -1,10 +1,19 @@
 """select_bits on Hopper GPUs: index scores of a block of queries, then their exact top-k as bits, block after block.
 
 `gpu_score` (Mosaic GPU) writes the float32 scores of `rows` queries against all visible keys and `gpu_topk` (Triton)
-selects from them, so that scores never exist for more than `rows` queries (256 MiB at 128K). Keys are converted once a
-call: e4m3 times a power of two is exact in bfloat16, and so are their products in float32 sums.
+selects from them, so that scores never exist for more than `rows` queries (512 MiB at 128K). Keys are converted once a
+call: e4m3 times a power of two is exact in bfloat16.
 
-FIGURES
+One H200, 8,192 queries at the end of a context, 16 heads of 64, top 2,048, fp8 keys, independent random scores:
+
+| context | 16K | 64K | 128K |
+|---|---|---|---|
+| time | 1.87 ms | 4.28 ms | 6.79 ms |
+| floor: products at 790 TFLOP/s | 0.26 ms | 1.29 ms | 2.69 ms |
+
+About 60% of the time at 128K is products, the rest is selection; summed over its chunks and 48 layers, a 128K prefill
+costs 3.3 s. Blocks of 512 instead of 1,024 queries cost 6-10% (the steps of a row wait for memory, more rows at a time
+hide it), blocks of 640 25% (12.8 of them, and key tiles that divide badly over the processors).
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +34,7 @@ MAX_HEADS = 16  # more queries do not fit the shared memory
 class Tuning:
     """Measured choices; no effect on results."""
 
-    rows: int = 512
+    rows: int = 1024
     """Queries scored at a time, a multiple of QUERIES: their scores are the scratch."""
     score: gpu_score.Tuning = field(default_factory=gpu_score.Tuning)
     topk: gpu_threshold.Tuning = field(default_factory=gpu_threshold.Tuning)

@@ -1,19 +1,23 @@
 """Lightning-indexer scores of a block of queries on Hopper GPUs, for `gpu_bits`. Mosaic GPU body.
 
 Computes scores[t, s] = sum_j weights[t, j] * max(0, q[t, j] . keys[s]) in float32, and the maximum of every unit of
-8 neighbouring keys, by which `gpu_bits` finds the few units that it has to read. Schedule:
+8 neighbouring keys, by which `gpu_topk` finds the few units that it has to read. Schedule:
 
 - A program holds 64 queries with all their heads in shared memory (128 KiB) and walks a share of the key tiles.
-- Each of its warpgroups takes tiles of 128 keys of its own: per head one wgmma m64n128k64, then relu and
-  multiply-add into 64 registers of scores. ptxas starts the next head's wgmma before that; the other warpgroup fills
-  what is left of the tensor cores' time.
+- Each of its three warpgroups takes tiles of 128 keys of its own: per head one wgmma m64n128k64, then relu and
+  multiply-add into 64 registers of scores. ptxas starts the next head's wgmma before that, and other warpgroups
+  fill what is left of the tensor cores' time.
 - Keys come permuted within groups of 32 so that a thread ends up with whole units: the maximum of a unit needs no
-  exchange, and one exchange between neighbours makes every store write whole 32-byte sectors (half sectors cost 20%).
+  exchange between threads, and one exchange between neighbours makes every store write whole 32-byte sectors.
 - Tiles above the causal diagonal are not visited. On the diagonal nothing is masked: the reader knows what it may see.
 
-A 128K prefill costs 2,048 operations a query and key, 17.6 TFLOP a layer, 22 ms at 790 TFLOP/s; the two vector
-operations an element and head take half of the tensor cores' time and must overlap with it. Scores are written once
-(4 bytes for 2,048 operations). fp8 products are not used: their accumulation is truncated and sets would differ.
+A query and key cost 2,048 operations: a 128K prefill 17.6 TFLOP a layer, 22 ms at 790 TFLOP/s. Reached: about 510
+TFLOP/s within `gpu_bits` (its time less that of the selection alone), 65%. What holds it there: two vector operations
+an element and head, half of the tensor cores' time if perfectly hidden, and 128 KiB of queries loaded by every program.
+
+Tried and lost: 4 warpgroups (128 registers: spills, half the speed); 16-byte stores 128 bytes apart, the natural way
+for a thread with 32 neighbouring keys (20% slower); starting all heads' products at once (ptxas serialises them). fp8
+products were not tried: they accumulate in fewer bits, and sets would differ.
 """
 
 from collections.abc import Sequence
@@ -47,8 +51,8 @@ QUAD = 4  # threads that share a row of a wgmma accumulator
 class Tuning:
     """Measured choices; no effect on results."""
 
-    warpgroups: int = 2
-    stages: int = 2
+    warpgroups: int = 3
+    stages: int = 1
     programs: int = 128
 
 

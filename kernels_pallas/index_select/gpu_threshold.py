@@ -30,10 +30,11 @@ class Tuning:
     """Units that the dense scratch row holds."""
     bracket: int = 2048
     """Scores that are resolved in registers."""
-    gather: int = 256
+    gather: int = 512
     """Units a step of a gather."""
-    unroll: int = 8
-    warps: int = 8
+    unroll: int = 4
+    """Scores a lane looks at in a step."""
+    warps: int = 16
     bits: int = 18
     """Upper bits of the sort key to which bounds are found."""
     guess: int = 11
@@ -52,15 +53,18 @@ def score_of(key: jax.Array) -> jax.Array:
 
 
 def ones(mask: jax.Array) -> jax.Array:
+    """bool → int32."""
     return mask.astype(jnp.int32)
 
 
 def put(ref: Any, row: jax.Array, column: jax.Array, value: jax.Array, mask: jax.Array) -> None:
+    """Stores where `mask`."""
     # In interpret mode masked-off elements write back what they read, unless they point past the end.
     plt.store(ref.at[row, jnp.where(mask, column, ref.shape[1])], value, mask=mask)
 
 
 def steps_of(total: jax.Array, size: int) -> jax.Array:
+    """How many pieces of `size` cover `total`."""
     return lax.div(total + (size - 1), size)
 
 
@@ -95,7 +99,19 @@ def threshold(
     barrier: Callable[[], None],
     tuning: Tuning,
 ) -> tuple[jax.Array, jax.Array]:
-    """The k-th largest score, and the key index below which scores equal to it are selected."""
+    """The k-th largest score, and the key index below which scores equal to it are selected.
+
+    Args:
+        found: at least k scores, those that are at least `floor` among them.
+        floor: sort key that at least k scores reach.
+        guess: larger sort key; where fewer than k scores reach it, it saves halvings.
+        bracket: [rows, tuning.bracket] int32 scratch.
+        r: its row.
+        topk: k.
+        S: more than every key index.
+        barrier: makes stores of all lanes visible.
+        tuning: sizes.
+    """
     lanes, unroll = 32 * tuning.warps, tuning.unroll
     zero = jnp.zeros((lanes,), jnp.int32)
     steps = steps_of(found.size, lanes * unroll)

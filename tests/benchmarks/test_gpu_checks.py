@@ -124,5 +124,6 @@ def test_groups_sum_to_the_rows(kind: str) -> None:
 
 def test_every_case_has_a_name_of_its_own() -> None:
     sizes = cases.TINY_SIZES
-    names = [case.name for case in cases.all_cases(TINY, sizes) + cases_products.product_cases(TINY, sizes)]
+    parts = (cases.selection_cases, cases.attention_cases, cases_products.product_cases)
+    names = [case.name for part in parts for case in part(TINY, sizes)]
     assert len(set(names)) == len(names)
