@@ -55,8 +55,8 @@ def draw(points: dict[str, dict[int, float]], title: str, unit: str, path: Path)
             contexts, values = zip(*curve, strict=True)
             axes.plot(contexts, values, style, color=colour, label=label, linewidth=1.8, markersize=5)
             if name != "floor":
-                # Beside the last point, or above it where other curves go on.
-                place = (6, -3) if contexts[-1] == longest else (-8, 8)
+                # Beside the last point, or below it where the model's own curve goes on.
+                place = (0, -15) if name == "dsa_local" and contexts[-1] < longest else (7, -3)
                 last = f"{values[-1]:.3g}"
                 axes.annotate(last, curve[-1], place, textcoords="offset points", color=colour, fontsize=8)
     _dress(axes, sorted({c for curve in points.values() for c in curve}))

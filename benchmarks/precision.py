@@ -26,7 +26,7 @@ from keye_jax.cache import CAPACITY_STEP, init_cache
 from keye_jax.config import INDEXER_DTYPES
 from keye_jax.decoder import decoder_layer, embed, lm_head, rope_tables
 from keye_jax.indexer import index_inputs
-from keye_jax.layers import rms_norm
+from keye_jax.ops import rms_norm
 from keye_jax.params import map_specs
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import jax
 from jax import lax
 
 HOPPER = "9.0"
@@ -37,6 +36,6 @@ def dispatch(reference: Callable[..., Any], cuda: Callable[..., Any] | None, *ar
     return lax.platform_dependent(*args, cuda=cuda, default=reference)
 
 
-def runs_kernels(device: jax.Device) -> bool:
-    """Whether a device can run the kernels that programs for its platform hold."""
+def runs_kernels(device: Any) -> bool:
+    """Whether a `jax.Device` can run the kernels that programs for its platform hold."""
     return device.platform != "gpu" or getattr(device, "compute_capability", None) == HOPPER

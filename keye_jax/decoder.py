@@ -14,9 +14,10 @@ from keye_jax import ops
 from keye_jax.cache import Cache, append
 from keye_jax.config import KeyeConfig, indexer_sections
 from keye_jax.indexer import index_inputs
-from keye_jax.layers import project, rms_norm
+from keye_jax.layers import project
 from keye_jax.moe import moe
-from keye_jax.rope import mrope_tables, rotate
+from keye_jax.ops import rms_norm, rotate
+from keye_jax.rope import mrope_tables
 
 Tables = tuple[jax.Array, jax.Array]
 
@@ -156,7 +157,9 @@ def decode_layer(
         rows = ops.moe_step(
             rows,
             stack["post_attention_layernorm"],
-            *(stack["moe"][name] for name in ("router", "gate_up_proj", "down_proj")),
+            stack["moe"]["router"],
+            stack["moe"]["gate_up_proj"],
+            stack["moe"]["down_proj"],
             layer,
             config.text.num_experts_per_tok,
             config.text.norm_topk_prob,

@@ -8,6 +8,8 @@ from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, spread
 from kernels_pallas.grouped_matmul.decode import moe_step
 from kernels_pallas.index_select import select_bits, select_ids
 from kernels_pallas.layer_norm import layer_norm
+from kernels_pallas.numerics import hadamard, quantise, rms_norm, rotate, round_e4m3
+from kernels_pallas.numerics import layer_norm as plain_layer_norm
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_ids
@@ -24,10 +26,16 @@ __all__ = [
     "gelu_mlp",
     "grouped_matmul",
     "grouped_swiglu",
+    "hadamard",
     "layer_norm",
     "moe_step",
+    "plain_layer_norm",
     "project_add",
+    "quantise",
     "reference_only",
+    "rms_norm",
+    "rotate",
+    "round_e4m3",
     "runs_kernels",
     "segment_attention",
     "select_bits",

@@ -54,12 +54,3 @@ def vision_tables(rows: jax.Array, columns: jax.Array, head_dim: int, theta: flo
     frequencies = inverse_frequencies(head_dim // 4, theta)
     angles = jnp.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + K/2) of x [..., heads, K] by tables [..., K/2], in the tables' dtype; dtype of x."""
-    half = x.shape[-1] // 2
-    wide = x.astype(cos.dtype)
-    low, high = wide[..., :half], wide[..., half:]
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

@@ -12,8 +12,8 @@ from jax import lax
 
 from keye_jax.config import VisionConfig
 from keye_jax.layers import linear
-from keye_jax.ops import fused_linear, gelu_mlp, layer_norm, segment_attention
-from keye_jax.rope import rotate, vision_tables
+from keye_jax.ops import fused_linear, gelu_mlp, layer_norm, rotate, segment_attention
+from keye_jax.rope import vision_tables
 
 PROJECTOR_EPS = 1e-5
 

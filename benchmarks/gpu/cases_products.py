@@ -118,7 +118,7 @@ def _decode(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
     for dtype, label in ((jnp.float8_e4m3fn, "fp8"), (jnp.bfloat16, "bf16")):
         for slots in ((S - 1,), (0, S, S // 2 + 3)):  # a row at the capacity is not written
             make = partial(_step_inputs, 230, slots, S, dtype, config)
-            yield Case(f"decode_inputs {label} {len(slots)} rows", function, make, compare, 2)
+            yield Case(f"decode_inputs {label} {len(slots)} rows", function, make, compare, 1)
 
 
 @lru_cache

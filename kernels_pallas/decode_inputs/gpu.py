@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.decode_inputs.reference import power_of_two_scale, rms_norm, round_e4m3
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
+from kernels_pallas.numerics import power_of_two_scale, rms_norm, round_e4m3
 from kernels_pallas.skinny_matmul.gpu import partial_products
 from kernels_pallas.skinny_matmul.gpu import supports as supports_products
 

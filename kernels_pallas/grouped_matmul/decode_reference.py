@@ -6,15 +6,14 @@ from jax import lax
 
 from kernels_pallas.common import einsum_f32
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
+from kernels_pallas.numerics import rms_norm
 
 
 def norm_route(
     h: jax.Array, norm: jax.Array, router: jax.Array, layer: jax.Array, *, k: int, renormalise: bool, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `kernels_pallas.grouped_matmul.norm_route`."""
-    wide = h.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    m = (wide * scale * norm[layer].astype(jnp.float32)).astype(h.dtype)
+    m = rms_norm(h, norm[layer], eps)
     logits = einsum_f32("md,de->me", m, router[layer]).astype(h.dtype)
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = lax.top_k(probabilities, k)

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye_jax.layers import layer_norm, linear, project, rms_norm
+from keye_jax.layers import linear, project
+from keye_jax.ops import plain_layer_norm as layer_norm
+from keye_jax.ops import rms_norm
 from tests.keye_jax import dense_numpy as dense
 
 

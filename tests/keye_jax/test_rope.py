@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keye_jax.rope import mrope_axis, mrope_tables, rotate, vision_tables
+from keye_jax.ops import rotate
+from keye_jax.rope import mrope_axis, mrope_tables, vision_tables
 from tests.keye_jax import dense_numpy as dense
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from kernels_pallas.index_select.reference import index_scores, select_mask
 from keye_jax.indexer import index_inputs
-from keye_jax.layers import layer_norm, project, rms_norm
+from keye_jax.layers import project
+from keye_jax.ops import plain_layer_norm as layer_norm
+from keye_jax.ops import rms_norm
 from keye_jax.rope import mrope_tables
 from tests.keye_jax.tiny import TINY, random_params
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.layers import layer_norm
+from keye_jax.ops import plain_layer_norm as layer_norm
 from keye_jax.vision import embed_patches, patch_layout, project_rows, vision_block
 from tests.keye_jax.tiny import TINY, random_params
 
