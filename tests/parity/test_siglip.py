@@ -94,7 +94,7 @@ def test_tower_without_rotation(seed: int) -> None:
     still = (jnp.ones((N, VISION.head_dim // 2)), jnp.zeros((N, VISION.head_dim // 2)))
     for i in range(VISION.num_hidden_layers):
         layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-        x = block(layer, x, still, layout.segment, config=VISION)
+        x = block(layer, x, still, layout.spans, config=VISION)
         if i + 1 < VISION.num_hidden_layers:
             assert_close(x, out.hidden_states[i + 1].reshape(N, -1))
     post = params["post_layernorm"]
