@@ -1,5 +1,5 @@
-"""Arithmetic that kernels share with the model around them: norms, rotary embedding, the indexer's transform and
-quantisation. Norms compute in float32 and round once."""
+"""Arithmetic that kernels share with the model around them: norms, rotary embedding, the choice of experts, the
+indexer's transform and quantisation. Norms compute in float32 and round once."""
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,16 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     low, high = wide[..., :half], wide[..., half:]
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def choose_experts(logits: jax.Array, k: int, renormalise: bool) -> tuple[jax.Array, jax.Array]:
+    """Weights [N, k] float32 and ids [N, k] int32 of the k most probable experts for router logits [N, E], best first,
+    ties to the lower id. Softmax in float32; with `renormalise` the weights of a row sum to 1."""
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = lax.top_k(probabilities, k)
+    if renormalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, experts
 
 
 def hadamard(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from jax import lax
 
 from keye_jax.config import TextConfig
 from keye_jax.layers import project
-from keye_jax.ops import einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
+from keye_jax.ops import choose_experts, einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
 
 COUNTED = 128
 """Tokens per block of the counting sort: below 256, so that bfloat16 operands and any accumulation are exact."""
@@ -25,11 +25,7 @@ def route(router: jax.Array, m: jax.Array, config: TextConfig) -> tuple[jax.Arra
         weights [N, k] float32 and experts [N, k] int32, best first.
     """
     logits = project("nd,de->ne", m, router)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = lax.top_k(probabilities, config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, experts
+    return choose_experts(logits, config.num_experts_per_tok, config.norm_topk_prob)
 
 
 def moe(

@@ -8,7 +8,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, spread
 from kernels_pallas.grouped_matmul.decode import moe_step
 from kernels_pallas.index_select import select_bits, select_ids
 from kernels_pallas.layer_norm import layer_norm
-from kernels_pallas.numerics import hadamard, quantise, rms_norm, rotate, round_e4m3
+from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
@@ -20,6 +20,7 @@ __all__ = [
     "Weights",
     "attend_bits",
     "attend_ids",
+    "choose_experts",
     "decode_inputs",
     "einsum_f32",
     "fused_linear",

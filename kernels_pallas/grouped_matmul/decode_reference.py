@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kernels_pallas.common import einsum_f32
-from kernels_pallas.grouped_matmul.reference import grouped_matmul
-from kernels_pallas.numerics import rms_norm
+from kernels_pallas.grouped_matmul.reference import grouped_matmul, grouped_swiglu
+from kernels_pallas.numerics import choose_experts, rms_norm
 
 
 def norm_route(
@@ -15,20 +14,14 @@ def norm_route(
     """See `kernels_pallas.grouped_matmul.norm_route`."""
     m = rms_norm(h, norm[layer], eps)
     logits = einsum_f32("md,de->me", m, router[layer]).astype(h.dtype)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = lax.top_k(probabilities, k)
-    if renormalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return m, weights, experts
+    return m, *choose_experts(logits, k, renormalise)
 
 
 def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array, experts: jax.Array) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.expert_swiglu`."""
     M, k = experts.shape
     order, sizes = _by_expert(experts, gate_up.shape[1])
-    product = grouped_matmul(m[order // k], gate_up, layer, sizes, m.dtype)
-    gate, up = jnp.split(product.astype(jnp.float32), 2, axis=-1)
-    return _restore((jax.nn.silu(gate) * up).astype(m.dtype), order).reshape(M, k, -1)
+    return _restore(grouped_swiglu(m[order // k], gate_up, layer, sizes), order).reshape(M, k, -1)
 
 
 def expert_down(
@@ -42,8 +35,8 @@ def expert_down(
     """See `kernels_pallas.grouped_matmul.expert_down`."""
     M, k, F = hidden.shape
     order, sizes = _by_expert(experts, down.shape[1])
-    product = grouped_matmul(hidden.reshape(M * k, F)[order], down, layer, sizes, jnp.float32)
-    weighted = (product * weights.reshape(M * k)[order, None]).astype(residual.dtype)
+    in_order = hidden.reshape(M * k, F)[order]
+    weighted = grouped_matmul(in_order, down, layer, sizes, residual.dtype, weights.reshape(M * k)[order])
     rows = _restore(weighted, order).reshape(M, k, -1)
     return residual + jnp.sum(rows, axis=1, dtype=jnp.float32).astype(residual.dtype)
 
