@@ -23,17 +23,23 @@ def reference_only() -> Iterator[None]:
         _reference_only.reset(token)
 
 
-def dispatch(reference: Callable[..., Any], cuda: Callable[..., Any] | None, *args: Any) -> Any:
-    """Calls `cuda` in programs for NVIDIA GPUs and `reference` in all others.
+Body = Callable[..., Any] | None
+"""A kernel with the reference's results; None where there is none that takes these shapes or dtypes."""
+
+
+def dispatch(reference: Callable[..., Any], *args: Any, cuda: Body = None, tpu: Body = None) -> Any:
+    """Calls `cuda` in programs for NVIDIA GPUs, `tpu` in those for TPUs, and `reference` in all others.
 
     Args:
         reference: the specification.
-        cuda: a body with equal results; None where it does not take these shapes or dtypes.
-        args: arrays, or trees of arrays. Static arguments are bound in both functions beforehand.
+        args: arrays, or trees of arrays. Static arguments are bound in all functions beforehand.
+        cuda: the body for NVIDIA GPUs.
+        tpu: the body for TPUs.
     """
-    if cuda is None or _reference_only.get():
+    bodies = {name: body for name, body in (("cuda", cuda), ("tpu", tpu)) if body is not None}
+    if not bodies or _reference_only.get():
         return reference(*args)
-    return lax.platform_dependent(*args, cuda=cuda, default=reference)
+    return lax.platform_dependent(*args, **bodies, default=reference)
 
 
 def runs_kernels(device: Any) -> bool:

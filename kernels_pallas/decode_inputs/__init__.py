@@ -39,7 +39,7 @@ def decode_inputs(
     """
     _check(h, weights, caches, slots)
     cuda = partial(gpu.decode_inputs, eps=eps) if gpu.supports(h, weights, caches) else None
-    return dispatch(partial(reference.decode_inputs, eps=eps), cuda, h, weights, tables, caches, layer, slots)
+    return dispatch(partial(reference.decode_inputs, eps=eps), h, weights, tables, caches, layer, slots, cuda=cuda)
 
 
 def _check(h: jax.Array, weights: Weights, caches: Caches, slots: jax.Array) -> None:

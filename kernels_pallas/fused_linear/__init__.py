@@ -26,7 +26,7 @@ def fused_linear(x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax
         shape = None if residual is None else residual.shape
         raise ValueError(f"x {x.shape}, weight {weight.shape}, bias {bias.shape} and residual {shape} do not fit")
     args = (x, weight, bias) if residual is None else (x, weight, bias, residual)
-    return dispatch(reference.fused_linear, gpu.fused_linear if gpu.supports(x, weight) else None, *args)
+    return dispatch(reference.fused_linear, *args, cuda=gpu.fused_linear if gpu.supports(x, weight) else None)
 
 
 def gelu_mlp(
@@ -52,4 +52,4 @@ def gelu_mlp(
             f"{fc1[1].shape} and {fc2[1].shape} do not fit"
         )
     cuda = gpu.gelu_mlp if gpu.supports(x, fc1[0], fc2[0]) else None
-    return dispatch(reference.gelu_mlp, cuda, x, fc1, fc2, residual)
+    return dispatch(reference.gelu_mlp, x, fc1, fc2, residual, cuda=cuda)

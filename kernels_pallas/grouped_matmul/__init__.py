@@ -40,8 +40,8 @@ def grouped_matmul(
     scale = () if row_scale is None else (row_scale,)
     return dispatch(
         lambda x, w, layer, sizes, *scale: reference.grouped_matmul(x, w, layer, sizes, out_dtype, *scale),
-        partial(body.grouped_matmul, out_dtype=out_dtype),
         *(x, w, layer, group_sizes, *scale),
+        cuda=partial(body.grouped_matmul, out_dtype=out_dtype),
     )
 
 
@@ -64,7 +64,7 @@ def grouped_swiglu(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_siz
     if w.shape[3] % 2:
         raise ValueError(f"w {w.shape} has no two halves of columns")
     body = gpu if gpu.supports(x, w, 2) else ragged
-    return dispatch(reference.grouped_swiglu, body.grouped_swiglu, x, w, layer, group_sizes)
+    return dispatch(reference.grouped_swiglu, x, w, layer, group_sizes, cuda=body.grouped_swiglu)
 
 
 def spread_rows(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def spread_rows(x: jax.Array, positions: jax.Array) -> jax.Array:
     if x.ndim != 2 or positions.ndim != 2 or positions.shape[0] != x.shape[0]:
         raise ValueError(f"x {x.shape} and positions {positions.shape} do not fit")
     cuda = gpu_rows.spread_rows if gpu_rows.supports(x, positions) else reference.spread_rows
-    return dispatch(reference.spread_rows, cuda, x, positions)
+    return dispatch(reference.spread_rows, x, positions, cuda=cuda)
 
 
 def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:

@@ -43,7 +43,7 @@ def moe_step(
     if gpu.supports_router(h, router) and gpu.supports(h, gate_up, down):
         cuda = partial(gpu_row.moe_row if h.shape[0] == 1 else gpu.moe_step, **static)
     layer = jnp.asarray(layer, jnp.int32)
-    return dispatch(partial(reference.moe_step, **static), cuda, h, norm, router, gate_up, down, layer)
+    return dispatch(partial(reference.moe_step, **static), h, norm, router, gate_up, down, layer, cuda=cuda)
 
 
 def norm_route(
@@ -76,7 +76,7 @@ def norm_route(
     _check_router(h, norm, router, k)
     static = {"k": k, "renormalise": renormalise, "eps": eps}
     cuda = partial(gpu.norm_route, **static) if gpu.supports_router(h, router) else None
-    return dispatch(partial(reference.norm_route, **static), cuda, h, norm, router, jnp.asarray(layer, jnp.int32))
+    return dispatch(partial(reference.norm_route, **static), h, norm, router, jnp.asarray(layer, jnp.int32), cuda=cuda)
 
 
 def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, experts: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, expe
         raise ValueError(f"m {m.shape} and gate_up {gate_up.shape} do not fit")
     _check_experts(experts, m.shape[0])
     cuda = gpu.expert_swiglu if gpu.supports(m, gate_up) else None
-    return dispatch(reference.expert_swiglu, cuda, m, gate_up, jnp.asarray(layer, jnp.int32), experts)
+    return dispatch(reference.expert_swiglu, m, gate_up, jnp.asarray(layer, jnp.int32), experts, cuda=cuda)
 
 
 def expert_down(
@@ -133,7 +133,7 @@ def expert_down(
     _check_experts(experts, M)
     cuda = gpu.expert_down if gpu.supports(hidden, down) else None
     return dispatch(
-        reference.expert_down, cuda, hidden, down, jnp.asarray(layer, jnp.int32), experts, weights, residual
+        reference.expert_down, hidden, down, jnp.asarray(layer, jnp.int32), experts, weights, residual, cuda=cuda
     )
 
 

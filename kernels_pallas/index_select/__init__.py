@@ -47,7 +47,7 @@ def select_bits(
     _check(idx_q, weights, idx_k, key_scale, topk)
     cuda = partial(gpu_bits.select_bits, topk=topk) if gpu_bits.supports(idx_q, idx_k, topk) else None
     plain = partial(reference.select_bits, topk=topk)
-    return dispatch(plain, cuda, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start)
+    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda)
 
 
 def select_ids(
@@ -68,7 +68,7 @@ def select_ids(
         raise ValueError(f"select_ids takes one query per sequence, got idx_q {idx_q.shape}")
     cuda = partial(gpu_ids.select_ids, topk=topk) if gpu_ids.supports(idx_q, idx_k) else None
     plain = partial(reference.select_ids, topk=topk)
-    return dispatch(plain, cuda, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start)
+    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda)
 
 
 def _check(idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int) -> None:

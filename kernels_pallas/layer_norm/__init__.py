@@ -24,4 +24,4 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> 
     if x.ndim != 2 or weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit")
     cuda = partial(gpu.layer_norm, eps=eps) if gpu.supports(x) else None
-    return dispatch(partial(reference.layer_norm, eps=eps), cuda, x, weight, bias)
+    return dispatch(partial(reference.layer_norm, eps=eps), x, weight, bias, cuda=cuda)

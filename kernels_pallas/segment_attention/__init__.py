@@ -22,4 +22,4 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: jax.Array
     if q.ndim != 3 or q.shape != k.shape or k.shape != v.shape or spans.shape != (q.shape[0], 2):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} and spans {spans.shape} do not fit")
     cuda = gpu.segment_attention if gpu.supports(q) else None
-    return dispatch(reference.segment_attention, cuda, q, k, v, spans)
+    return dispatch(reference.segment_attention, q, k, v, spans, cuda=cuda)

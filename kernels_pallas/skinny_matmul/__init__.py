@@ -27,4 +27,4 @@ def project_add(x: jax.Array, w: jax.Array, layer: jax.Array | int, residual: ja
         raise ValueError(f"x {x.shape}, w {w.shape} and residual {residual.shape} do not fit")
     flat = x.reshape(x.shape[0], -1), w.reshape(w.shape[0], math.prod(x.shape[1:]), -1)
     cuda = gpu.project_add if gpu.supports(*flat) else None
-    return dispatch(reference.project_add, cuda, *flat, layer, residual)
+    return dispatch(reference.project_add, *flat, layer, residual, cuda=cuda)

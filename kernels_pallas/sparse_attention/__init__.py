@@ -38,7 +38,7 @@ def attend_bits(
     if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
         raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
     cuda = partial(gpu_bits.attend_bits, most=most) if gpu_bits.supports(q, kv) else None
-    return dispatch(reference.attend_bits, cuda, q, kv, jnp.asarray(layer, jnp.int32), bits, start)
+    return dispatch(reference.attend_bits, q, kv, jnp.asarray(layer, jnp.int32), bits, start, cuda=cuda)
 
 
 def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Arr
     if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
         raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
     cuda = gpu_ids.attend_ids if gpu_ids.supports(q, kv) else None
-    return dispatch(reference.attend_ids, cuda, q, kv, jnp.asarray(layer, jnp.int32), ids)
+    return dispatch(reference.attend_ids, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda)
 
 
 def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:
