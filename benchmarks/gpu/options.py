@@ -9,7 +9,7 @@ SECTIONS = ("checks", "prefill", "decode", "vision", "stages", "profile", "peer"
 
 _FULL = {
     "contexts": [8192, 32768, 65536, 131072, 262144],
-    "decode": [(1, 8192), (1, 131072), (1, 262144), (8, 32768)],
+    "decode": [(1, 8192), (1, 131072), (1, 262144), (8, 32768), (4, 131072), (2, 262144)],
     "stage_contexts": [131072],
 }
 _QUICK = {"contexts": [8192, 32768], "decode": [(1, 8192), (1, 131072)], "stage_contexts": [32768]}

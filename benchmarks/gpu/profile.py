@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from benchmarks.gpu import decode, prefill
-from benchmarks.gpu.model import Compiler, Model, chunks, decode_state, random_cache
+from benchmarks.gpu.model import Compiler, Model, chunks, decode_state, empty_cache, random_cache
 from benchmarks.gpu.record import Record
 
 TOP = 16
 """Kernels listed."""
+
+Rows = dict[str, list[float]]
+"""[microseconds of device time, launches] by kernel."""
 
 
 def measure(model: Model, prefills: prefill.Plan, decodes: decode.Plan, compiler: Compiler, record: Record) -> None:
@@ -26,21 +29,19 @@ def measure(model: Model, prefills: prefill.Plan, decodes: decode.Plan, compiler
     context = max((c for c in prefills.contexts if c <= 131072), default=0)
     program = compiler.get(("prefill", "dsa_random", context))
     if program is not None:
-        length = prefills.length(context)
-        part = chunks(config, length, length)[0]
-        # The last chunk: it sees the most keys.
-        cache = random_cache(config, 1, context, context - length)
-        _profile(f"prefill chunk at {context}", record, program, model, cache, jnp.zeros((1, vocabulary)), part)
+        name = f"last prefill chunk at {context}"
+        # What is selected depends on the cache, and with it the time: the chunk continues a prompt, not random keys.
+        _report(name, record.attempt(("profile", name), 20, partial(_trace_prompt, program, model, prefills, context)))
     for batch, context in decodes.sizes:
         program = compiler.get(("decode", "dsa", batch, context))
         if program is not None:
             cache = random_cache(config, batch, context, context - decode.STEPS)
-            rest = (decode_state(batch), jnp.int32(decode.STEPS))
-            _profile(f"decode {batch}x{context}", record, program, model, cache, jnp.zeros((batch, vocabulary)), *rest)
+            rest = (jnp.zeros((batch, vocabulary)), decode_state(batch), jnp.int32(decode.STEPS))
+            name = f"decode {batch}x{context}"
+            _report(name, record.attempt(("profile", name), 8, partial(_trace_step, program, model, cache, *rest)))
 
 
-def _profile(name: str, record: Record, program: Any, model: Model, *args: Any) -> None:
-    rows = record.attempt(("profile", name), 8, partial(_trace, program, model, *args))
+def _report(name: str, rows: Rows | None) -> None:
     if rows is None:
         return
     total = sum(us for us, _ in rows.values())
@@ -49,12 +50,28 @@ def _profile(name: str, record: Record, program: Any, model: Model, *args: Any) 
         print(f"  {us / 1e3:9.3f} ms {100 * us / max(total, 1e-9):5.1f} % {count:>6} x {kernel}", flush=True)
 
 
-def _trace(program: Any, model: Model, cache: Any, logits: jax.Array, *rest: Any) -> dict[str, list[float]]:
-    """`trace` of one call, after a warm one; the longest kernels, and all others as "other"."""
+def _trace_prompt(program: Any, model: Model, plan: prefill.Plan, context: int) -> Rows:
+    """Of a prompt's last chunk."""
+    *parts, last = chunks(model.config, context, plan.length(context))
+    cache = empty_cache(model.config, 1, context)
+    logits = jnp.zeros((1, model.config.text.vocab_size), jnp.float32)
+    for part in parts:
+        cache, logits = program(model.text, cache, logits, part)
+    cache = jax.block_until_ready(cache)
+    return _longest(trace(lambda: program(model.text, cache, logits, last)))
+
+
+def _trace_step(program: Any, model: Model, cache: Any, logits: jax.Array, *rest: Any) -> Rows:
+    """Of one call, after a warm one."""
     length = cache["length"] + 0  # the cache is donated
     cache, logits, *_ = program(model.text, cache, logits, *rest)
     cache = jax.block_until_ready({**cache, "length": length})
-    longest = sorted(trace(lambda: program(model.text, cache, logits, *rest)).items(), key=lambda row: -row[1][0])
+    return _longest(trace(lambda: program(model.text, cache, logits, *rest)))
+
+
+def _longest(kernels: dict[str, tuple[float, int]]) -> Rows:
+    """Those that take longest, and all others as "other"."""
+    longest = sorted(kernels.items(), key=lambda row: -row[1][0])
     found = {kernel: [round(us, 1), count] for kernel, (us, count) in longest[:TOP]}
     others = [row for _, row in longest[TOP:]]
     found["other"] = [round(sum(us for us, _ in others), 1), sum(count for _, count in others)]

@@ -134,6 +134,7 @@ def _multiply(
         cluster_names=("member",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
+        kernel_name="fused_linear",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )

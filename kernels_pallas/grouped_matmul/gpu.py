@@ -158,6 +158,7 @@ def _grouped(
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
+        kernel_name="grouped_swiglu" if parts > 1 else "grouped_matmul",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             approx_math=True,

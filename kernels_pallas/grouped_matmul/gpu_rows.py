@@ -46,6 +46,7 @@ def spread_rows(x: jax.Array, positions: jax.Array, *, interpret: Any = False) -
         scratch_types=[plgpu.SMEM((block, D), x.dtype), plgpu.Barrier()],
         grid=(N // block,),
         grid_names=("block",),
+        kernel_name="spread_rows",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # Safe: threads touch no shared memory, only copies do.

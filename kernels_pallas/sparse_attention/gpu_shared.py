@@ -75,6 +75,7 @@ def attend(
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",
+        kernel_name="attend_shared",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
     )
