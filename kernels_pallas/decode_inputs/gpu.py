@@ -6,7 +6,7 @@ queries; the index key). It adds the partial sums in a fixed order, rounds, and 
 queries and cache rows. Heads are held as the two halves of their vectors, so that rotation and Hadamard transform
 (H_2n = [[H_n, H_n], [H_n, -H_n]]) need nothing moved between threads.
 
-The matrices are the floor (25.5 MB a layer, 5.9 us at 4.3 TB/s; measured 8.6). The last kernel is all latency, 2.6 us;
+The matrices are the floor (25.5 MB a layer, 5.9 us at 4.3 TB/s; measured 8.0). The last kernel is all latency, 2.6 us;
 XLA takes 17 in twelve launches. The norm is one launch of ours where XLA makes two or three of it. Written for the
 Triton lowering because masked rows of the caches at run-time positions are plain stores there. Smaller or larger tiles
 of heads, and more warps, are no faster.

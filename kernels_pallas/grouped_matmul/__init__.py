@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.grouped_matmul import gpu, gpu_rows, ragged, reference
+from kernels_pallas.grouped_matmul import gpu, gpu_rows, ragged, reference, tpu, tpu_rows
 
 
 def grouped_matmul(
@@ -42,6 +42,7 @@ def grouped_matmul(
         lambda x, w, layer, sizes, *scale: reference.grouped_matmul(x, w, layer, sizes, out_dtype, *scale),
         *(x, w, layer, group_sizes, *scale),
         cuda=partial(body.grouped_matmul, out_dtype=out_dtype),
+        tpu=partial(tpu.grouped_matmul, out_dtype=out_dtype) if tpu.supports(x, w, 1) else None,
     )
 
 
@@ -64,7 +65,8 @@ def grouped_swiglu(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_siz
     if w.shape[3] % 2:
         raise ValueError(f"w {w.shape} has no two halves of columns")
     body = gpu if gpu.supports(x, w, 2) else ragged
-    return dispatch(reference.grouped_swiglu, x, w, layer, group_sizes, cuda=body.grouped_swiglu)
+    on_tpu = tpu.grouped_swiglu if tpu.supports(x, w, 2) else None
+    return dispatch(reference.grouped_swiglu, x, w, layer, group_sizes, cuda=body.grouped_swiglu, tpu=on_tpu)
 
 
 def spread_rows(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -83,7 +85,7 @@ def spread_rows(x: jax.Array, positions: jax.Array) -> jax.Array:
     if x.ndim != 2 or positions.ndim != 2 or positions.shape[0] != x.shape[0]:
         raise ValueError(f"x {x.shape} and positions {positions.shape} do not fit")
     cuda = gpu_rows.spread_rows if gpu_rows.supports(x, positions) else reference.spread_rows
-    return dispatch(reference.spread_rows, x, positions, cuda=cuda)
+    return dispatch(reference.spread_rows, x, positions, cuda=cuda, tpu=tpu_rows.spread_rows)
 
 
 def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:

@@ -10,6 +10,8 @@ from kernels_pallas.dispatch import dispatch
 from kernels_pallas.grouped_matmul import decode_gpu as gpu
 from kernels_pallas.grouped_matmul import decode_gpu_row as gpu_row
 from kernels_pallas.grouped_matmul import decode_reference as reference
+from kernels_pallas.grouped_matmul import decode_tpu as tpu
+from kernels_pallas.grouped_matmul import decode_tpu_router as tpu_router
 
 
 def moe_step(
@@ -42,8 +44,11 @@ def moe_step(
     cuda = None
     if gpu.supports_router(h, router) and gpu.supports(h, gate_up, down):
         cuda = partial(gpu_row.moe_row if h.shape[0] == 1 else gpu.moe_step, **static)
-    layer = jnp.asarray(layer, jnp.int32)
-    return dispatch(partial(reference.moe_step, **static), h, norm, router, gate_up, down, layer, cuda=cuda)
+    on_tpu = None
+    if tpu_router.supports(h, router) and tpu.supports(h, gate_up, down):
+        on_tpu = partial(tpu.moe_step, **static)
+    arguments = h, norm, router, gate_up, down, jnp.asarray(layer, jnp.int32)
+    return dispatch(partial(reference.moe_step, **static), *arguments, cuda=cuda, tpu=on_tpu)
 
 
 def norm_route(
@@ -76,7 +81,9 @@ def norm_route(
     _check_router(h, norm, router, k)
     static = {"k": k, "renormalise": renormalise, "eps": eps}
     cuda = partial(gpu.norm_route, **static) if gpu.supports_router(h, router) else None
-    return dispatch(partial(reference.norm_route, **static), h, norm, router, jnp.asarray(layer, jnp.int32), cuda=cuda)
+    on_tpu = partial(tpu_router.norm_route, **static) if tpu_router.supports(h, router) else None
+    arguments = h, norm, router, jnp.asarray(layer, jnp.int32)
+    return dispatch(partial(reference.norm_route, **static), *arguments, cuda=cuda, tpu=on_tpu)
 
 
 def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, experts: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import WORD
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.index_select import gpu_bits, gpu_ids, reference
+from kernels_pallas.index_select import gpu_bits, gpu_ids, reference, tpu_bits, tpu_ids
 
 
 def select_bits(
@@ -46,8 +46,9 @@ def select_bits(
     """
     _check(idx_q, weights, idx_k, key_scale, topk)
     cuda = partial(gpu_bits.select_bits, topk=topk) if gpu_bits.supports(idx_q, idx_k, topk) else None
+    tpu = partial(tpu_bits.select_bits, topk=topk) if tpu_bits.supports(idx_q, idx_k) else None
     plain = partial(reference.select_bits, topk=topk)
-    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda)
+    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda, tpu=tpu)
 
 
 def select_ids(
@@ -67,8 +68,9 @@ def select_ids(
     if idx_q.shape[1] != 1:
         raise ValueError(f"select_ids takes one query per sequence, got idx_q {idx_q.shape}")
     cuda = partial(gpu_ids.select_ids, topk=topk) if gpu_ids.supports(idx_q, idx_k) else None
+    tpu = partial(tpu_ids.select_ids, topk=topk) if tpu_ids.supports(idx_q, idx_k) else None
     plain = partial(reference.select_ids, topk=topk)
-    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda)
+    return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda, tpu=tpu)
 
 
 def _check(idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int) -> None:

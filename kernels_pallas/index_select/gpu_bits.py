@@ -4,16 +4,17 @@
 selects from them, so that scores never exist for more than `rows` queries (512 MiB at 128K). Keys are converted once a
 call: e4m3 times a power of two is exact in bfloat16.
 
-One H200, 8,192 queries at the end of a context, 16 heads of 64, top 2,048, fp8 keys, independent random scores:
+One H200, 8,192 queries at the end of a context, 16 heads of 64, top 2,048, fp8 keys, independent random scores, with
+an earlier selection (0.42 us a row at 128K beside 0.32 now; the whole has not been measured since):
 
 | context | 16K | 64K | 128K |
 |---|---|---|---|
 | time | 1.87 ms | 4.28 ms | 6.79 ms |
 | floor: products at 790 TFLOP/s | 0.26 ms | 1.29 ms | 2.69 ms |
 
-About 60% of the time at 128K is products, the rest is selection; summed over its chunks and 48 layers, a 128K prefill
-costs 3.3 s. Blocks of 512 instead of 1,024 queries cost 6-10% (the steps of a row wait for memory, more rows at a time
-hide it), blocks of 640 25% (12.8 of them, and key tiles that divide badly over the processors).
+About 60% of the time at 128K is products, the rest is selection. Blocks of 512 instead of 1,024 queries cost 6-10% (the
+steps of a row wait for memory, more rows at a time hide it), blocks of 640 25% (12.8 of them, and key tiles that divide
+badly over the processors).
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.index_select import gpu_score, gpu_threshold, gpu_topk
+from kernels_pallas.index_select import gpu_resident, gpu_score, gpu_threshold, gpu_topk
 from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, WIDTH
 
 MAX_BLOCKS_UNROLLED = 32
@@ -37,6 +38,7 @@ class Tuning:
     rows: int = 1024
     """Queries scored at a time, a multiple of QUERIES: their scores are the scratch."""
     score: gpu_score.Tuning = field(default_factory=gpu_score.Tuning)
+    resident: gpu_resident.Tuning = field(default_factory=gpu_resident.Tuning)
     topk: gpu_threshold.Tuning = field(default_factory=gpu_threshold.Tuning)
 
 
@@ -45,7 +47,7 @@ def supports(idx_q: jax.Array, idx_k: jax.Array, topk: int) -> bool:
     B, C, J, I = idx_q.shape  # noqa: E741
     S = idx_k.shape[2]
     dtypes = idx_q.dtype == idx_k.dtype and idx_q.dtype in (jnp.float8_e4m3fn, jnp.bfloat16)
-    sizes = J <= MAX_HEADS and I <= WIDTH and S % TILE == 0 and topk < S
+    sizes = J <= MAX_HEADS and I <= WIDTH and S % TILE == 0 and topk < S and Tuning().topk.takes(topk)
     # Offsets into the result are 32-bit.
     return dtypes and sizes and B * -(-C // QUERIES) * QUERIES * (S // UNIT) < 2**31
 
@@ -88,10 +90,11 @@ def select_bits(
     @jax.jit  # one kernel for all blocks
     def select_block(i: jax.Array, bits: jax.Array) -> jax.Array:
         first = (i * (rows // QUERIES)).reshape(1)
-        scored = gpu_score.scores(
-            q, weights, keys, start, first, rows, gpu_topk.spare_rows(S, tuning.topk), topk, tuning.score, interpret
-        )
-        return gpu_topk.select_rows(*scored, bits, start, first, C + spare, topk, tuning.topk, interpret is not None)
+        scored = gpu_score.scores(q, weights, keys, start, first, rows, topk, tuning.score, interpret)
+        shape = (C + spare, topk)
+        simulated = interpret is not None
+        bits, left = gpu_resident.select_rows(*scored, bits, start, first, *shape, tuning.resident, simulated)
+        return gpu_topk.select_rows(*scored, bits, start, first, left, *shape, tuning.topk, simulated)
 
     bits = lax.empty((total, S // UNIT), jnp.uint8)
     if blocks <= MAX_BLOCKS_UNROLLED:  # an iteration of a device loop costs 7-15 us

@@ -8,19 +8,23 @@ Schedule, three launches; each exits at once where a short context does not need
   3. `index_ids`: every program finds the exact threshold among the candidates, counts those selected before its share
      of the keys, and writes the ids of its share in order.
 The list's order depends on which program comes first, but only counts are taken of it: results do not. Contexts of up
-to 8,192 keys skip the second step. More than 4,096 candidates (very many equal scores) are walked through in pieces.
+to 8,192 keys skip the second step, and begin the search where a normal distribution of their mean and deviation has its
+quantile. More than 4,096 candidates (very many equal scores) are walked through in pieces.
 
 Cost: 68 bytes a key, once (fp8 keys and their scale); sort keys and lists are meant to stay in the L2 cache. One H200,
 JAX 0.11.2, batch 1, topk 2,048, random scores, microseconds a call in a chain over 8 layers, less 2.4 for the chain's
 loop and the small operation between calls, one run each (floor at 4.3 TB/s):
   context 8K 10.7 (0.1), 32K 12.2 (0.5), 128K 16.5 (2.1), 256K 20.5 (4.2).
+In a profile of whole decode steps at 8K, scores take 2.6 and ids 5.8 to 6.3 (7.6 without the normal quantile).
 With 256 programs in the last two launches: 8 x 32K 23 (4.2), 64 x 8K 33 (8.3). Alone in such chains, at 128K, scoring
 takes 5, the list 5 and the ids 4; what the rest is was not profiled.
 
 Tried, each against the same build: 4,096 groups (8K +2.7, 128K -0.9); 256 programs scoring four tiles of 128 keys, two
 or three ahead, not 1,024 scoring one of 64 (128K +1.1 to +1.4); 4 warps in the searches (128K +1.7); 2,048 or 4,096
-scoring programs (128K +0.8, +1.5). Not timed apart from other changes: the order of fp8 words, which spares 32 shuffles
-a tile, and pivots by interpolation, which nearly halve the steps of the search in a simulation.
+scoring programs (128K +0.8, +1.5); at 8K, in ids alone: 4 and 16 warps (+1.2, +0.7), slices of 2,048 keys (+0.2).
+The output projection's weights read into L2 meanwhile (`cp.async.bulk.prefetch` in scoring programs) took 2.6 here and
+gave back 0.4 there. Not timed apart from other changes: the order of fp8 words, which spares 32 shuffles a tile, and
+pivots by interpolation, which nearly halve the steps of the search in a simulation.
 Triton rather than Mosaic GPU: M = 16 is no wgmma, and both its block-wide counts and its prefix sums are built in.
 """
 
@@ -35,7 +39,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_search import HIDDEN, MOST, boundary, bounds, count_two, search, sort_key
+from kernels_pallas.index_select.gpu_search import (
+    HIDDEN,
+    MOST,
+    boundary,
+    bounds,
+    count_two,
+    normal_quantile,
+    search,
+    sort_key,
+)
 
 
 @dataclass(frozen=True)
@@ -356,12 +369,15 @@ def _write_ids(start_ref: Any, keys_ref: Any, *refs: Any, S: int, topk: int, tun
     def _() -> None:
         first = load(jnp.int32(0))
 
-        def at_once(key: jax.Array, index: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return boundary(lambda measure, *_: measure(key, index), n, topk, origin, S)
+        def at_once(
+            key: jax.Array, index: jax.Array, n: jax.Array, guess: Callable | None = None
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return boundary(lambda measure, *_: measure(key, index), n, topk, origin, S, guess)
 
         def among_all() -> tuple[jax.Array, jax.Array, jax.Array]:
             extent = min(whole, keys_ref.shape[1])
-            return at_once(_load(keys_ref, b, 0, extent, live), jnp.arange(extent), live)
+            key = _load(keys_ref, b, 0, extent, live)
+            return at_once(key, jnp.arange(extent), live, lambda: normal_quantile(key, live, topk))
 
         def among_candidates() -> tuple[jax.Array, jax.Array, jax.Array]:
             key_ref, id_ref, count_ref = candidate_refs

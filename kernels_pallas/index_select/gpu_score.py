@@ -197,7 +197,6 @@ def scores(
     start: jax.Array,
     first: jax.Array,
     rows: int,
-    spare: int,
     topk: int,
     tuning: Tuning = Tuning(),
     interpret: Any = None,
@@ -212,13 +211,12 @@ def scores(
         start: [B] int32.
         first: [1] int32, the first block, counted over all rows of the batch.
         rows: queries to score, a multiple of QUERIES; those past the end are left out.
-        spare: rows to allocate beyond, never written.
         topk: blocks that see at most so many keys are left out.
         tuning: sizes.
         interpret: parameters of Pallas' interpret mode for GPUs, or None.
 
     Returns:
-        scores [rows + spare, S] and maxima [rows + spare, S // UNIT] float32, the latter at `unit_at` positions.
+        scores [rows, S] and maxima [rows, S // UNIT] float32, the latter at `unit_at` positions.
         Undefined for keys past a block's last tile.
     """
     B, C, J, _ = q.shape
@@ -237,8 +235,8 @@ def scores(
     kernel = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((rows + spare, S), jnp.float32),
-            jax.ShapeDtypeStruct((rows + spare, S // UNIT), jnp.float32),
+            jax.ShapeDtypeStruct((rows, S), jnp.float32),
+            jax.ShapeDtypeStruct((rows, S // UNIT), jnp.float32),
         ),
         scratch_types=(
             plgpu.SMEM((J, QUERIES, WIDTH), jnp.bfloat16, transforms=layout),
@@ -251,6 +249,7 @@ def scores(
         grid_names=("block", "split"),
         num_threads=tuning.warpgroups,
         thread_name="warpgroup",
+        kernel_name="index_scores",
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,  # nothing is both read and written by threads
             lowering_semantics=plgpu.LoweringSemantics.Lane,

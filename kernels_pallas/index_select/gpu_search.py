@@ -21,14 +21,20 @@ def sort_key(score: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ MOST, bits)
 
 
+def score(key: jax.Array) -> jax.Array:
+    """The inverse of `sort_key`."""
+    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ MOST, key), jnp.float32)
+
+
 def boundary(
-    fold: Callable, n: jax.Array, topk: int, origin: jax.Array, S: int
+    fold: Callable, n: jax.Array, topk: int, origin: jax.Array, S: int, guess: Callable | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Threshold key, the id below which keys equal to it are selected, and how many are selected before `origin`.
 
     Args:
         fold: (measure, combine, initial) → the combination of measure(keys, ids) over the pieces of a list.
         n: length of the list, at least topk.
+        guess: () → two scores to begin with, as `search` takes them.
     """
 
     def add(a: tuple, b: tuple) -> tuple:
@@ -45,7 +51,8 @@ def boundary(
         lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
         (jnp.int32(MOST), jnp.int32(HIDDEN)),
     )
-    threshold, reached, above = search(count, low, high, n, topk, 0)
+    first = None if guess is None else guess()
+    threshold, reached, above = search(count, low, high, n, topk, 0, first)
 
     def halve(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = carry
@@ -65,6 +72,20 @@ def bounds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.min(jnp.where(key == HIDDEN, MOST, key)), jnp.max(key)
 
 
+def normal_quantile(key: jax.Array, n: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
+    """Scores a little below and above the topk-th largest of n visible ones, if they are distributed normally."""
+    count = n.astype(jnp.float32)
+    x = jnp.where(key == HIDDEN, 0.0, score(key))
+    mean = jnp.sum(x) / count
+    deviation = jnp.sqrt(jnp.maximum(jnp.sum(x * x) / count - mean * mean, 0.0))
+    # Hastings' approximation of the quantile (Abramowitz & Stegun 26.2.23), for the smaller of the two tails.
+    share = topk / count
+    t = jnp.sqrt(-2.0 * jnp.log(jnp.minimum(share, 1.0 - share)))
+    z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
+    middle = mean + deviation * jnp.where(share > 0.5, -z, z)
+    return middle - 0.08 * deviation, middle + 0.08 * deviation
+
+
 def count_two(key: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many keys are at least p, and at least q. One reduction for both: 16 bits hold either."""
     both = jnp.sum(jnp.where(key >= p, 1, 0) + jnp.where(key >= q, 1 << 16, 0))
@@ -72,7 +93,13 @@ def count_two(key: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, ja
 
 
 def search(
-    count: Callable, low: jax.Array, high: jax.Array, n: jax.Array, topk: int, slack: int
+    count: Callable,
+    low: jax.Array,
+    high: jax.Array,
+    n: jax.Array,
+    topk: int,
+    slack: int,
+    guess: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds a threshold that topk to topk + slack of the keys reach, or the topk-th key where equal keys leave none.
 
@@ -80,6 +107,8 @@ def search(
         count: (p, q) → how many keys are at least p, and at least q.
         low, high: the smallest and the largest key.
         n: how many keys there are, or any figure that is returned as `reached` if they are fewer than topk.
+        guess: scores that are the first two pivots; keys are then taken to be spread evenly as scores, not as integers.
+            Any two will do, not a number included.
 
     Returns:
         (threshold, reached, above): how many keys reach the threshold; how many exceed it, if these are not topk to
@@ -102,11 +131,17 @@ def search(
         margin = 0.35 * lax.rsqrt(inside) + 1.5e-5 * inside
         margin += even * (1 / 6 - margin)
 
-        def pivot(fraction: jax.Array) -> jax.Array:
+        def pivot(fraction: jax.Array, first: int) -> jax.Array:
             offset = (gap.astype(jnp.float32) * jnp.maximum(fraction, 0.0)).astype(jnp.uint32)
-            return low + jnp.minimum(jnp.maximum(offset, 1), gap - 1).astype(jnp.int32)
+            key = low + jnp.minimum(jnp.maximum(offset, 1), gap - 1).astype(jnp.int32)
+            if guess is None:
+                return key
+            between = score(low) + (score(high) - score(low)) * fraction
+            between = sort_key(jnp.where(turn == 0, guess[first], between))
+            between = jnp.minimum(jnp.maximum(between, low + 1), high - 1)
+            return jnp.where((turn & 3) == 3, key, between)
 
-        p, q = pivot(at - margin), pivot(at + margin)
+        p, q = pivot(at - margin, 0), pivot(at + margin, 1)
         at_p, at_q = count(p, q)
         return (
             jnp.where(at_q >= topk, q, jnp.where(at_p >= topk, p, low)),

@@ -1,44 +1,45 @@
-"""The k-th largest of a row's scores, for `gpu_topk`: counting between bounds, and the list of what is left between.
+"""Sort keys, counting searches and compaction in registers, for `gpu_topk`. Pieces of a Triton body."""
 
-Inside a Triton body. A lane looks at every (32 * warps)-th score and keeps its own count and its own part of the list,
-so that no step of a pass waits for another lane.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+
+from kernels_pallas.index_select.gpu_score import UNIT, UNITS
 
 LOWEST = -(2**31)
 """Below the sort key of every score."""
+HIGHEST = 2**31 - 1
 MINUS_INFINITY = -0x7F800001
-PAST_INFINITY = 0x7F800001
-"""Sort keys. The latter's float is a NaN: no score compares as at least that."""
+"""The sort key of minus infinity."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Measured choices; no effect on results. Powers of two, but for `guess`."""
+    """Measured choices; no effect on results. Powers of two, but for `margin` and `spare`."""
 
-    groups: int = 4096
-    listed: int = 4096
-    """Units that the dense scratch row holds."""
-    bracket: int = 2048
-    """Scores that are resolved in registers."""
-    gather: int = 512
-    """Units a step of a gather."""
-    unroll: int = 4
-    """Scores a lane looks at in a step."""
-    warps: int = 16
-    bits: int = 18
-    """Upper bits of the sort key to which bounds are found."""
-    guess: int = 11
-    """The upper bound of the bracket is guessed where this many sixteenths of k group maxima are larger."""
+    warps: int = 4
+    groups: int = 128
+    """Groups of 8 numbers that are looked at in a step, a multiple of the lanes."""
+    held: int = 4096
+    """Candidates that a row holds at most."""
+    sample: int = 2048
+    """Numbers by which a lower bound is guessed."""
+    margin: int = 5
+    """The guess is made for so many quarters of k."""
+    spare: int = 32
+    """One part in so many more units than k may be gathered, where finding fewer costs more counting."""
+
+    def takes(self, topk: int) -> bool:
+        """Whether a step's numbers always find room beside the best `topk`, a tile of equal ones among them."""
+        return topk + self.slack(topk) + UNITS + self.groups * UNIT <= self.held
+
+    def slack(self, topk: int) -> int:
+        """How many more units than `topk` may be gathered."""
+        return topk // self.spare
 
 
 def sort_key(scores: jax.Array) -> jax.Array:
@@ -48,13 +49,18 @@ def sort_key(scores: jax.Array) -> jax.Array:
 
 
 def score_of(key: jax.Array) -> jax.Array:
-    """The inverse of `sort_key`; -1 is minus zero, which compares as zero: as the next larger key does."""
+    """The inverse of `sort_key`."""
     return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
 
 
 def ones(mask: jax.Array) -> jax.Array:
     """bool → int32."""
     return mask.astype(jnp.int32)
+
+
+def iota(size: int) -> jax.Array:
+    """0, 1, ..., size - 1."""
+    return jnp.arange(size, dtype=jnp.int32)
 
 
 def put(ref: Any, row: jax.Array, column: jax.Array, value: jax.Array, mask: jax.Array) -> None:
@@ -68,150 +74,55 @@ def steps_of(total: jax.Array, size: int) -> jax.Array:
     return lax.div(total + (size - 1), size)
 
 
-def _kth_largest(keys: jax.Array, k: jax.Array, known: jax.Array, width: jax.Array) -> jax.Array:
-    """The k-th largest key, all but the lowest `width` bits of which are those of `known`."""
-
-    def fix_bit(i: jax.Array, v: jax.Array) -> jax.Array:
-        candidate = v ^ lax.shift_left(jnp.int32(1), width - 1 - i)
-        return jnp.where(jnp.sum(ones(keys >= candidate)) >= k, candidate, v)
-
-    return lax.fori_loop(0, width, fix_bit, known)
-
-
-class Members(NamedTuple):
-    """The scores among which a row's top-k is searched; what is not to be selected reads as NaN."""
-
-    size: jax.Array
-    load: Callable[[jax.Array], jax.Array]  # of places below size, and some beyond
-    index: Callable[[jax.Array], jax.Array]  # key index of a place
-    tiles: jax.Array
-    tile: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]  # valid [N], unit [N], scores [N, UNIT]
-
-
-def threshold(
-    found: Members,
-    floor: jax.Array,
-    guess: jax.Array,
-    bracket: Any,
-    r: jax.Array,
-    topk: int,
-    S: int,
-    barrier: Callable[[], None],
-    tuning: Tuning,
-) -> tuple[jax.Array, jax.Array]:
-    """The k-th largest score, and the key index below which scores equal to it are selected.
+def search(
+    keys: jax.Array, low: jax.Array, from_low: jax.Array, k: jax.Array | int, slack: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A key that at least k and, ties aside, at most k + slack keys reach.
 
     Args:
-        found: at least k scores, those that are at least `floor` among them.
-        floor: sort key that at least k scores reach.
-        guess: larger sort key; where fewer than k scores reach it, it saves halvings.
-        bracket: [rows, tuning.bracket] int32 scratch.
-        r: its row.
-        topk: k.
-        S: more than every key index.
-        barrier: makes stores of all lanes visible.
-        tuning: sizes.
+        keys: [N] int32.
+        low: a key that at least k keys reach.
+        from_low: how many.
+        k: how many are wanted.
+        slack: how many more may be found.
+
+    Returns:
+        One of the keys, the number of keys that reach it, and, if those are too many, the number of larger keys.
     """
-    lanes, unroll = 32 * tuning.warps, tuning.unroll
-    zero = jnp.zeros((lanes,), jnp.int32)
-    steps = steps_of(found.size, lanes * unroll)
 
-    def places(step: jax.Array) -> list[jax.Array]:
-        return [(step * unroll + j) * lanes + jnp.arange(lanes, dtype=jnp.int32) for j in range(unroll)]
+    def wide(state: tuple[jax.Array, ...]) -> jax.Array:
+        low, high, from_low, *_ = state
+        return (from_low > k + slack) & (high - 1 > low)
 
-    def counts(*keys: jax.Array) -> tuple[jax.Array, ...]:
-        """[lanes] int32 for each key: scores at least as large, by the lane that looks at them."""
-        least = [score_of(key) for key in keys]
-
-        def step(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            for place in places(i):
-                x = found.load(place)
-                totals = tuple(total + ones(x >= v) for total, v in zip(totals, least, strict=True))
-            return totals
-
-        return lax.fori_loop(0, steps, step, tuple(zero for _ in keys))
-
-    def collect(low: jax.Array, high: jax.Array, sizes: jax.Array) -> None:
-        """Sort keys in low..high - 1 → bracket, where lane l has sizes[l]."""
-        at_least, below = score_of(low), score_of(high)
-
-        def step(i: jax.Array, at: jax.Array) -> jax.Array:
-            for place in places(i):
-                x = found.load(place)
-                keep = (x >= at_least) & ~(x >= below)
-                put(bracket, r, at, sort_key(x), keep & (at < tuning.bracket))
-                at += ones(keep)
-            return at
-
-        lax.fori_loop(0, steps, step, jnp.cumsum(sizes) - sizes)
-
-    def crowded(state: tuple[jax.Array, ...]) -> jax.Array:
-        low, high, from_low, from_high = state
-        return (from_low - from_high > tuning.bracket) & (high - 1 > low)
-
-    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, from_low, from_high = state
+    def narrow(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, from_low, from_high, guess = state
+        # By turns where the counts suggest, which takes half the steps, and in the middle, which bounds them.
+        share = (from_low - k).astype(jnp.float32) / (from_low - from_high).astype(jnp.float32)
+        span = high.astype(jnp.float32) - low.astype(jnp.float32)
+        near = jnp.clip(low + jnp.minimum(span * share, 2.0**30).astype(jnp.int32), low + 1, high - 1)
         middle = (low & high) + lax.shift_right_arithmetic(low ^ high, 1)
-        total = jnp.sum(counts(middle)[0])
-        enough = total >= topk
+        at = jnp.where(guess, near, middle)
+        total = jnp.sum(ones(keys >= at))
+        enough = total >= k
         return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
+            jnp.where(enough, at, low),
+            jnp.where(enough, high, at),
             jnp.where(enough, total, from_low),
             jnp.where(enough, from_high, total),
+            ~guess,
         )
 
-    # from_low >= k > from_high, the counts of scores at least `low` and `high`, hold throughout.
-    of_floor, of_guess = counts(floor, guess)
-    from_floor, from_guess = jnp.sum(of_floor), jnp.sum(of_guess)
-    right = from_guess < topk
-    state = (
-        jnp.where(right, floor, guess),
-        jnp.where(right, guess, PAST_INFINITY),
-        jnp.where(right, from_floor, from_guess),
-        jnp.where(right, from_guess, 0),
-    )
-    low, high, from_low, from_high = lax.while_loop(crowded, halve, state)
-    held = from_low - from_high
-    fits = held <= tuning.bracket
-    unchanged = right & (low == floor) & (high == guess)
+    # from_low >= k > from_high, the counts of keys at least `low` and `high`, hold throughout.
+    state = low, jnp.max(keys) + 1, from_low, jnp.int32(0), jnp.bool_(True)
+    low, _, from_low, from_high, _ = lax.while_loop(wide, narrow, state)
+    # A score's own key: what lies between two scores may be a denormal, which compares as zero where those are flushed.
+    return jnp.min(jnp.where(keys >= low, keys, HIGHEST)), from_low, from_high
 
-    def collect_first() -> None:
-        collect(floor, guess, of_floor - of_guess)
 
-    def collect_again() -> None:
-        of_low, of_high = counts(low, high)
-        collect(low, high, of_low - of_high)
-
-    pl.when(fits & unchanged)(collect_first)
-    pl.when(fits & ~unchanged)(collect_again)
-    barrier()
-
-    def resolve() -> tuple[jax.Array, jax.Array, jax.Array]:
-        slot = jnp.arange(tuning.bracket, dtype=jnp.int32)
-        keys = jnp.where(slot < held, plt.load(bracket.at[r, slot]), LOWEST)
-        width = 32 - lax.clz(low ^ (high - 1))
-        known = jnp.where(width >= 32, LOWEST, low & ~(lax.shift_left(jnp.int32(1), jnp.minimum(width, 31)) - 1))
-        kth = _kth_largest(keys, topk - from_high, known, width)
-        return kth, from_high + jnp.sum(ones(keys > kth)), from_high + jnp.sum(ones(keys >= kth))
-
-    # A bracket that still holds too many is a single value.
-    kth, above, reached = lax.cond(fits, resolve, lambda: (low, from_high, from_low))
-    value = score_of(kth)
-    wanted = topk - above
-
-    def fix_index_bit(i: jax.Array, cut: jax.Array) -> jax.Array:
-        candidate = cut + lax.shift_right_logical(jnp.int32(1 << (S.bit_length() - 1)), i)
-
-        def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            for place in places(i):
-                total += ones((found.load(place) == value) & (found.index(place) < candidate))
-            return total
-
-        return jnp.where(jnp.sum(lax.fori_loop(0, steps, step, zero)) <= wanted, candidate, cut)
-
-    # Largest cut with at most `wanted` ties below it, as in the reference; S where all of them are wanted.
-    tied = reached != topk
-    bits = jnp.where(tied, jnp.int32(S.bit_length()), jnp.int32(0))
-    cut = lax.fori_loop(0, bits, fix_index_bit, jnp.where(tied, jnp.int32(0), jnp.int32(S)))
-    return value, cut
+def guess(sample: jax.Array, rank: jax.Array) -> jax.Array:
+    """The sort key of about the rank-th largest of some scores ([N] float32, NaN where there is none)."""
+    keys = jnp.where(sample == sample, sort_key(sample), LOWEST)
+    known = jnp.sum(ones(keys > LOWEST))
+    lowest = jnp.min(jnp.where(keys > LOWEST, keys, HIGHEST))
+    low, *_ = search(keys, lowest, known, rank, lax.div(rank, 8))
+    return jnp.where(rank < known, low, MINUS_INFINITY)

@@ -1,34 +1,41 @@
-"""Exact causal top-k of rows of scores, as bits, for `gpu_bits`. Triton body, one program a row.
+"""Exact causal top-k of rows of scores, as bits, for `gpu_bits`. Triton body, one program of a few warps a row.
 
 Keys are taken in units of 8: 32 bytes of scores, one byte of the result. `gpu_score` left each unit's maximum. A row:
 
-1. Bounds: strided maxima of the units' maxima leave 4,096 scores of different keys in registers; their k-th largest
-   is a lower bound of the row's k-th score, and a smaller quantile is a good guess of an upper bound.
-2. List the units whose maximum reaches the lower bound (2,600 of 16,384 at 128K where scores are independent) and
-   gather them into a dense scratch row: the only scattered reads, and the only ones of scores.
-3. The k-th score: count at both bounds, halve the bracket while it holds too many, move its members to a list, and
-   find the k-th in registers (`gpu_threshold`). Where scores equal to it exceed k, the last index taken is counted out.
-4. Emit a byte for each listed unit over a cleared row.
+1. Guess a lower bound: a quantile of 2,048 sampled maxima, such that probably some more than k units reach it.
+2. Go through the maxima once, noting the places of those that reach it, and narrow these to k units or little more by
+   counting in registers. Every one of the k best keys is in such a unit or in the last tile, and the least of their
+   maxima is a lower bound of the k-th score.
+3. Gather the units, write a byte for the keys of each that reach the bound over a cleared row, note those keys' places.
+4. Narrow them to exactly k, ties by index, and write the bytes of the units that lose keys anew.
 
-Nothing is assumed about the data: a wrong guess costs more counting, and rows with too many listed units (ties) go
-through steps 3 and 4 with all their scores (6 us a row of 128K, measured with 8 warps and without a guess). No atomics:
-results are the same in every run.
+Rows that see few keys take all their units in step 3, with a guessed bound. Steps 2 and 3 are the same code: 4,096
+places are held at most; when they fill up, they are narrowed to the best k and the bound rises. So nothing is assumed
+about the data: too low a bound costs more narrowing, too high a one a second pass. No atomics: results are the same in
+every run.
 
-Bytes a row of 128K keys: 64 KiB of maxima and 2,600 sectors, each 64 bytes of memory, = 0.08 us at 3 TB/s; then four
-passes over 80 KiB of scratch in the second-level cache. Measured 0.37 us in blocks of
-512 rows (0.16 us at 16K): short dependent steps that wait for memory.
+Bytes a row of 128K keys: 64 KiB of maxima, about 2,100 sectors, each 64 bytes of memory, and 16 KiB of result, = 0.06
+us at 3.5 TB/s; some 60 KiB of lists stay in the second-level cache. Measured on one H200, 1,024 rows, in us a row:
+
+| context | 16K | 32K | 64K | 128K | 256K |
+|---|---|---|---|---|---|
+| independent scores | 0.14 | 0.30 | 0.29 | 0.32 | 0.42 |
+| keys and queries that resemble their neighbours | 0.13 | 0.33 | 0.36 | 0.45 | 0.49 |
+
+All scores equal: 1.1 us. Steps 1 and 2 take 0.10 us at 128K. What holds step 3 is not known: neither its loads (the
+next two or three steps' in flight: 5-10% slower, by fewer rows at a time), nor the bytes it writes (none: the same),
+nor the bytes written anew (none: 5%) explain it.
 
 Why Triton: gathers, scans and stores at computed places are what it has and Mosaic GPU has not.
 
-Tried and lost: a scan a tile to compact (20 barriers a tile, mostly changes of layout); contiguous ranges of units a
-lane (each sector read twice); gathering anew in every pass (each misses the cache, whose lines are 128 bytes: 50 us a
-pass and 512 rows); a guess that is no upper bound, so that the bracket has to be halved (twice the time); 4 warps a row
-instead of 16 (+50%); clearing the result in XLA (170 us for 128 MiB of bytes).
+Tried and lost: a dense copy of the gathered units, counted in four passes (0.42 and 0.54 us at 128K); exchanges of
+layout between loads and stores, 18 barriers a step (0.41); a thread a score instead of a unit (twice the instructions);
+8 warps a row (0.47), and steps of half the size (0.54); lists of each lane's own, which took minutes to compile.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +47,19 @@ from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, UNITS, un
 from kernels_pallas.index_select.gpu_threshold import (
     LOWEST,
     MINUS_INFINITY,
-    Members,
     Tuning,
+    guess,
+    iota,
     ones,
     put,
     score_of,
+    search,
     sort_key,
     steps_of,
-    threshold,
 )
 
-
-def spare_rows(S: int, tuning: Tuning) -> int:
-    """Rows past the last that reads of whole vectors may touch."""
-    return -(-max(tuning.groups, 32 * tuning.warps * tuning.unroll, tuning.gather) * UNIT // S)
+PARTS = 2
+"""A unit is loaded in so many vectors of 16 bytes."""
 
 
 def select_rows(
@@ -62,48 +68,81 @@ def select_rows(
     bits: jax.Array,
     start: jax.Array,
     first: jax.Array,
+    wanted: jax.Array,
     chunk: int,
     topk: int,
     tuning: Tuning,
     interpret: bool = False,
 ) -> jax.Array:
-    """Selects the top-k of the visible scores of each row.
+    """Selects the top-k of the visible scores of each row that is wanted.
 
     Args:
-        scores: [rows + spare, S] float32 of the rows that begin at block `first`, as `gpu_score.scores` leaves them.
-        maxima: [rows + spare, S // UNIT] float32.
+        scores: [rows, S] float32 of the rows that begin at block `first`, as `gpu_score.scores` leaves them.
+        maxima: [rows, S // UNIT] float32.
         bits: [B * chunk, S // UNIT] uint8, of which these rows are overwritten, in place.
         start: [B] int32.
         first: [1] int32, in blocks of QUERIES rows.
+        wanted: [rows] int32; where it is zero, a row of `bits` stays as it is.
         chunk: rows of a sequence.
-        topk: how many.
+        topk: how many, such that `tuning.takes(topk)`.
         tuning: sizes.
         interpret: run on any platform.
     """
-    rows = maxima.shape[0] - spare_rows(scores.shape[1], tuning)
+    rows, held = maxima.shape[0], tuning.held
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     scratch = (
-        jax.ShapeDtypeStruct((rows, tuning.listed), jnp.int32),
-        jax.ShapeDtypeStruct((rows + 1, tuning.listed * UNIT), jnp.float32),
-        jax.ShapeDtypeStruct((rows, tuning.bracket), jnp.int32),
+        jax.ShapeDtypeStruct((rows, held), jnp.float32),
+        jax.ShapeDtypeStruct((rows, held), jnp.int32),
+        jax.ShapeDtypeStruct((rows, held + UNITS), jnp.int32),
+        jax.ShapeDtypeStruct((rows, held), jnp.int32),
     )
     bits, *_ = pl.pallas_call(
         partial(_body, chunk=chunk, topk=topk, tuning=tuning, interpret=interpret),
         out_shape=(jax.ShapeDtypeStruct(bits.shape, bits.dtype), *scratch),
         grid=(rows,),
-        in_specs=[anywhere] * 5,
-        out_specs=(anywhere,) * 4,
-        input_output_aliases={4: 0},
-        compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=2),
+        in_specs=[anywhere] * 6,
+        out_specs=(anywhere,) * 5,
+        input_output_aliases={5: 0},
+        compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=1),
         interpret=interpret,
         name="index_select_bits",
-    )(first, start, scores, maxima, bits)
+    )(first, start, wanted, scores, maxima, bits)
     return bits
 
 
+class Held(NamedTuple):
+    """The candidates of a row: numbers larger than that of sort key `key`, or as large with an index below `cut`."""
+
+    key: jax.Array
+    cut: jax.Array
+    size: jax.Array
+
+
+class Scratch(NamedTuple):
+    """A row of each holds: the numbers of its candidates, their indices, the units to gather, units to write anew."""
+
+    numbers: Any
+    places: Any
+    units: Any
+    stale: Any
+
+
+class Source(NamedTuple):
+    """What candidates are taken from, by index; groups are the indices 8 * group ... 8 * group + 7.
+
+    Of maxima at least k + slack are wanted, with all indices of the last tile among those of equal maxima; of scores
+    exactly k, and their bits are kept up to date.
+    """
+
+    load: Callable[[jax.Array], jax.Array]
+    groups: Callable[[jax.Array], jax.Array]  # by number
+    slack: int
+    is_scores: bool
+
+
 def _body(
-    first: Any, start: Any, scores: Any, maxima: Any, _: Any, bits: Any, units: Any, dense: Any, bracket: Any,
-    *, chunk: int, topk: int, tuning: Tuning, interpret: bool,
+    first: Any, start: Any, wanted: Any, scores: Any, maxima: Any, _: Any, bits: Any, *scratch: Any,
+    chunk: int, topk: int, tuning: Tuning, interpret: bool,
 ) -> None:  # fmt: skip
     r = pl.program_id(0)
     row = first[0] * QUERIES + r
@@ -115,106 +154,18 @@ def _body(
         vector = min(16 * 32 * tuning.warps, width & -width)
 
         def clear(i: jax.Array, _: None) -> None:
-            plt.store(bits.at[row, i * vector + jnp.arange(vector, dtype=jnp.int32)], jnp.zeros((vector,), jnp.uint8))
+            plt.store(bits.at[row, i * vector + iota(vector)], jnp.zeros((vector,), jnp.uint8))
 
         lax.fori_loop(0, width // vector, clear, None)
         barrier()
         pl.when(seen <= topk)(partial(_all, bits, row, seen, tuning))
-        pl.when(seen > topk)(partial(search, seen))
+        pl.when(seen > topk)(_Row(scores, maxima, bits, Scratch(*scratch), r, row, seen, topk, tuning, barrier).select)
 
     def barrier() -> None:
         if not interpret:
             plt.debug_barrier()
 
-    def search(seen: jax.Array) -> None:
-        floor, guess = _bounds(scores, maxima, r, seen, topk, tuning)
-        least = score_of(floor)
-        lanes, unroll = 32 * tuning.warps, tuning.unroll
-        lane = jnp.arange(lanes, dtype=jnp.int32)
-        eight = jnp.arange(UNIT, dtype=jnp.int32)[None]
-        steps = steps_of(steps_of(seen, TILE) * UNITS, lanes * unroll)
-
-        def reaching(step: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-            found = []
-            for j in range(unroll):
-                position = (step * unroll + j) * lanes + lane
-                unit = unit_at(position)
-                top = plt.load(maxima.at[r, position])
-                # The last unit's maximum may be that of a key that the query does not see.
-                last = lax.div(seen - 1, UNIT)
-                found.append((unit, (unit <= last) & ((top >= least) | (unit == last))))
-            return found
-
-        def count(step: jax.Array, counts: jax.Array) -> jax.Array:
-            return counts + sum(ones(keep) for _, keep in reaching(step))
-
-        counts = lax.fori_loop(0, steps, count, jnp.zeros((lanes,), jnp.int32))
-        listed = jnp.sum(counts)
-
-        def among_listed() -> Members:
-            def place(step: jax.Array, at: jax.Array) -> jax.Array:
-                for unit, keep in reaching(step):
-                    put(units, r, at, unit, keep)
-                    at += ones(keep)
-                return at
-
-            lax.fori_loop(0, steps, place, jnp.cumsum(counts) - counts)
-            barrier()
-
-            def tile(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-                slot = i * tuning.gather + jnp.arange(tuning.gather, dtype=jnp.int32)
-                valid = slot < listed
-                return valid, plt.load(units.at[r, slot], mask=valid, other=0), slot[:, None] * UNIT + eight
-
-            def gather(i: jax.Array, _: None) -> None:
-                valid, unit, place = tile(i)
-                index = unit[:, None] * UNIT + eight
-                x = jnp.where(valid[:, None] & (index < seen), plt.load(scores.at[r, index]), jnp.nan)
-                plt.store(dense.at[r, place], x)
-
-            tiles = steps_of(listed, tuning.gather)
-            lax.fori_loop(0, tiles, gather, None)
-            barrier()
-
-            def load(place: jax.Array) -> jax.Array:
-                return jnp.where(place < listed * UNIT, plt.load(dense.at[r, place]), jnp.nan)
-
-            def index(place: jax.Array) -> jax.Array:
-                unit = plt.load(units.at[r, lax.div(place, UNIT)], mask=place < listed * UNIT, other=0)
-                return unit * UNIT + lax.rem(place, UNIT)
-
-            def load_tile(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-                valid, unit, place = tile(i)
-                return valid, unit, plt.load(dense.at[r, place])
-
-            return Members(listed * UNIT, load, index, tiles, load_tile)
-
-        def among_all() -> Members:
-            def load(index: jax.Array) -> jax.Array:
-                return jnp.where(index < seen, plt.load(scores.at[r, index]), jnp.nan)
-
-            def load_tile(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-                unit = i * tuning.gather + jnp.arange(tuning.gather, dtype=jnp.int32)
-                return unit * UNIT < seen, unit, load(unit[:, None] * UNIT + eight)
-
-            return Members(seen, load, lambda index: index, steps_of(seen, tuning.gather * UNIT), load_tile)
-
-        def finish(members: Callable[[], Members]) -> None:
-            found = members()
-            kth, cut = threshold(found, floor, guess, bracket, r, topk, width * UNIT, barrier, tuning)
-
-            def emit(i: jax.Array, _: None) -> None:
-                valid, unit, x = found.tile(i)
-                take = ones((x > kth) | ((x == kth) & (unit[:, None] * UNIT + eight < cut)))
-                byte = jnp.sum(lax.shift_left(take, jnp.broadcast_to(eight, take.shape)), axis=1)
-                put(bits, row, unit, byte.astype(jnp.uint8), valid)
-
-            lax.fori_loop(0, found.tiles, emit, None)
-
-        pl.when(listed <= tuning.listed)(partial(finish, among_listed))
-        pl.when(listed > tuning.listed)(partial(finish, among_all))
-
-    pl.when(row < rows)(select)
+    pl.when((row < rows) & (wanted[r] != 0))(select)
 
 
 def _all(bits: Any, row: jax.Array, seen: jax.Array, tuning: Tuning) -> None:
@@ -222,7 +173,7 @@ def _all(bits: Any, row: jax.Array, seen: jax.Array, tuning: Tuning) -> None:
     lanes = 32 * tuning.warps
 
     def step(i: jax.Array, _: None) -> None:
-        unit = i * lanes + jnp.arange(lanes, dtype=jnp.int32)
+        unit = i * lanes + iota(lanes)
         keys = jnp.clip(seen - unit * UNIT, 0, UNIT)
         byte = lax.shift_left(jnp.ones_like(unit), keys) - 1
         put(bits, row, unit, byte.astype(jnp.uint8), keys > 0)
@@ -230,38 +181,199 @@ def _all(bits: Any, row: jax.Array, seen: jax.Array, tuning: Tuning) -> None:
     lax.fori_loop(0, steps_of(seen, lanes * UNIT), step, None)
 
 
-def _bounds(
-    scores: Any, maxima: Any, r: jax.Array, seen: jax.Array, topk: int, tuning: Tuning
-) -> tuple[jax.Array, jax.Array]:
-    """Sort keys: a lower bound of the k-th score, and a larger number that probably is an upper bound."""
-    groups = tuning.groups
-    short = seen <= groups * UNIT  # maxima of units would be too few
-    lane = jnp.arange(groups, dtype=jnp.int32)
+class _Row:
+    """The selection of one row that sees more than k keys."""
 
-    def of_scores(i: jax.Array, best: jax.Array) -> jax.Array:
-        index = i * groups + lane
-        return jnp.maximum(best, jnp.where(index < seen, plt.load(scores.at[r, index]), -jnp.inf))
+    def __init__(
+        self, scores: Any, maxima: Any, bits: Any, scratch: Scratch, r: jax.Array, row: jax.Array, seen: jax.Array,
+        topk: int, tuning: Tuning, barrier: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.scores, self.maxima, self.bits, self.scratch = scores, maxima, bits, scratch
+        self.r, self.row, self.seen, self.topk = r, row, seen, topk
+        self.tuning, self.barrier = tuning, barrier
+        self.capacity = scores.shape[1]
+        # Neighbours swapped: where Triton sees no contiguity, a thread has the same elements of every array, and
+        # nothing has to be exchanged before a store.
+        self.lane = iota(tuning.groups) ^ 1
 
-    def of_maxima(i: jax.Array, best: jax.Array) -> jax.Array:
-        position = i * groups + lane
-        whole = unit_at(position) * UNIT + UNIT <= seen
-        return jnp.maximum(best, jnp.where(whole, plt.load(maxima.at[r, position]), -jnp.inf))
+    def select(self) -> None:
+        units = lax.div(self.seen + (UNIT - 1), UNIT)
+        # With fewer, most units would be listed; there have to be k.
+        many = self.seen > max(self.tuning.held * UNIT // 2, (self.topk + UNITS) * UNIT)
+        floor, total = lax.cond(many, self._list_units, lambda: (self._guess(self._score, units), units))
 
-    best = jnp.full((groups,), -jnp.inf, jnp.float32)
-    best = lax.fori_loop(0, jnp.where(short, steps_of(seen, groups), 0), of_scores, best)
-    best = lax.fori_loop(0, jnp.where(short, 0, steps_of(steps_of(seen, TILE) * UNITS, groups)), of_maxima, best)
-    keys = sort_key(best)
+        def listed(slot: jax.Array) -> jax.Array:
+            return plt.load(self.scratch.units.at[self.r, slot], mask=jnp.broadcast_to(many, slot.shape), other=slot)
 
-    # Both quantiles at once; two counts share a word and its reduction.
-    def fix_bits(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        one = lax.shift_left(jnp.int32(1), 31 - i)
-        low, high = found[0] ^ one, found[1] ^ one
-        both = jnp.sum(ones(keys >= low) + lax.shift_left(ones(keys >= high), 16))
-        return (
-            jnp.where(both & 0xFFFF >= topk, low, found[0]),
-            jnp.where(lax.shift_right_logical(both, 16) >= topk * tuning.guess // 16, high, found[1]),
+        source = Source(self._score, listed, 0, True)
+        self._divide(source, self._settle(source, self._best(source, floor, total)), final=True)
+
+    def _list_units(self) -> tuple[jax.Array, jax.Array]:
+        """Lists the units of largest maxima. Returns a sort key that k scores reach, and the number of units."""
+        tiles = lax.div(self.seen, TILE)  # that are visible as a whole
+        groups = tiles * (UNITS // UNIT)
+        source = Source(self._maximum, lambda slot: slot, self.tuning.slack(self.topk), False)
+        best = self._best(source, self._guess(self._maximum, groups), groups)
+        best = self._settle(source, best)
+        listed = self._divide(source, best, final=True)
+        rest = tiles * UNITS + iota(UNITS)
+        put(self.scratch.units, self.r, listed + iota(UNITS), rest, rest * UNIT < self.seen)
+        self.barrier()
+        return best.key, listed + steps_of(self.seen - tiles * TILE, UNIT)
+
+    def _maximum(self, position: jax.Array) -> jax.Array:
+        return plt.load(self.maxima.at[self.r, position])
+
+    def _score(self, index: jax.Array) -> jax.Array:
+        return jnp.where(index < self.seen, plt.load(self.scores.at[self.r, index]), jnp.nan)
+
+    def _guess(self, load: Callable[[jax.Array], jax.Array], groups: jax.Array) -> jax.Array:
+        """A sort key that probably more than k, but not many more, of the groups' numbers reach."""
+        size = self.tuning.sample
+        slot = iota(size)
+        group = lax.div(lax.div(slot, UNIT) * groups, size // UNIT)
+        rank = lax.div(jnp.int32(self.topk * size * self.tuning.margin // (4 * UNIT)), groups)
+        return guess(load(group * UNIT + lax.rem(slot, UNIT)), rank)
+
+    def _best(self, source: Source, floor: jax.Array, total: jax.Array) -> Held:
+        """Candidates among `total` groups, at least k, those of the largest numbers among them."""
+
+        def attempt(held: Held) -> Held:
+            first = held.key != MINUS_INFINITY
+            held = self._stream(source, held._replace(size=jnp.int32(0)), total)
+            again = jnp.where(first, jnp.int32(MINUS_INFINITY), jnp.int32(LOWEST))
+            return held._replace(key=jnp.where(held.size < self.topk, again, held.key))
+
+        # With minus infinity as the bound there are always enough, unless some are NaN.
+        return lax.while_loop(
+            lambda held: (held.size < self.topk) & (held.key != LOWEST),
+            attempt,
+            Held(floor, jnp.int32(self.capacity), jnp.int32(0)),
         )
 
-    floor, guess = lax.fori_loop(0, tuning.bits, fix_bits, (jnp.int32(LOWEST), jnp.int32(LOWEST)))
-    floor = jnp.maximum(floor, MINUS_INFINITY)
-    return floor, jnp.maximum(guess, floor + 1)
+    def _stream(self, source: Source, held: Held, total: jax.Array) -> Held:
+        size = self.tuning.groups
+
+        def groups(i: jax.Array) -> jax.Array:
+            return source.groups(jnp.minimum(i * size + self.lane, total - 1))
+
+        def step(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            # Loads are started one step ahead, those of the list two.
+            held, group, numbers, ahead = carry
+            following = self._numbers(source, ahead), groups(i + 2)
+            full = held.size > self.tuning.held - size * UNIT
+            held = lax.cond(full, partial(self._shrink, source), lambda held: held, held)
+            valid = i * size + self.lane < total
+            byte = jnp.where(valid, self._byte(numbers, group, held), 0)
+            if source.is_scores:
+                put(self.bits, self.row, group, byte.astype(jnp.uint8), valid)
+            count = lax.population_count(byte)
+            at = held.size + jnp.cumsum(count) - count
+            held = held._replace(size=held.size + jnp.sum(count))
+            for _ in range(UNIT):
+                lowest = lax.population_count((byte & -byte) - 1)
+                put(self.scratch.places, self.r, at, group * UNIT + lowest, byte != 0)
+                at += 1
+                byte &= byte - 1
+            return held, ahead, *following
+
+        group = groups(jnp.int32(0))
+        carry = held, group, self._numbers(source, group), groups(jnp.int32(1))
+        return lax.fori_loop(0, steps_of(total, size), step, carry)[0]
+
+    def _numbers(self, source: Source, group: jax.Array) -> tuple[jax.Array, ...]:
+        """[N] groups → their numbers, [N, 4] twice: so a thread has whole groups."""
+        size = UNIT // PARTS
+        return tuple(source.load(group[:, None] * UNIT + part * size + iota(size)[None]) for part in range(PARTS))
+
+    def _byte(self, numbers: tuple[jax.Array, ...], group: jax.Array, held: Held) -> jax.Array:
+        """[N] int32, a bit for each of a group's numbers that is a candidate."""
+        size = UNIT // PARTS
+        byte = jnp.zeros_like(group)
+        for part, number in enumerate(numbers):
+            bit = part * size + iota(size)[None]
+            take = _reaches(number, group[:, None] * UNIT + bit, held)
+            byte |= jnp.sum(lax.shift_left(ones(take), jnp.broadcast_to(bit, take.shape)), axis=1)
+        return byte
+
+    def _settle(self, source: Source, held: Held) -> Held:
+        """Narrows `key` and `cut` to the k best candidates, or some more; `size` stays that of the list."""
+        r, (numbers, places, *_) = self.r, self.scratch
+        self.barrier()
+        slot = iota(self.tuning.held)
+        inside = slot < held.size
+        number = source.load(plt.load(places.at[r, slot], mask=inside, other=0))
+        plt.store(numbers.at[r, slot], number, mask=inside)
+        keys = jnp.where(inside, sort_key(number), LOWEST)
+        key, reach, above = search(keys, held.key, held.size, self.topk, source.slack)
+        self.barrier()
+        value, size = score_of(key), self.tuning.groups
+
+        def fix_bit(i: jax.Array, cut: jax.Array) -> jax.Array:
+            candidate = cut + lax.shift_right_logical(jnp.int32(1 << (self.capacity.bit_length() - 1)), i)
+
+            def count(i: jax.Array, total: jax.Array) -> jax.Array:
+                slot = i * size + self.lane
+                equal = (slot < held.size) & (plt.load(numbers.at[r, slot]) == value)
+                return total + jnp.sum(ones(equal & (plt.load(places.at[r, slot]) < candidate)))
+
+            below = lax.fori_loop(0, steps_of(held.size, size), count, jnp.int32(0))
+            return jnp.where(below <= self.topk - above, candidate, cut)
+
+        tied = reach > self.topk + source.slack
+        bits = jnp.where(tied, jnp.int32(self.capacity.bit_length()), jnp.int32(0))
+        cut = lax.fori_loop(0, bits, fix_bit, jnp.where(tied, jnp.int32(0), jnp.int32(self.capacity)))
+        if not source.is_scores:
+            cut = steps_of(cut, UNITS) * UNITS
+        return Held(key, cut, held.size)
+
+    def _shrink(self, source: Source, held: Held) -> Held:
+        held = self._settle(source, held)
+        return held._replace(size=self._divide(source, held, final=False))
+
+    def _divide(self, source: Source, held: Held, final: bool) -> jax.Array:
+        """Keeps the candidates that reach `held`: their indices, or, finally, their units or bits. Returns how many."""
+        r, scratch, size = self.r, self.scratch, self.tuning.groups
+
+        def step(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            slot = (i * 4 + iota(4)[:, None]) * size + self.lane[None]
+            inside = slot < held.size
+            number = plt.load(scratch.numbers.at[r, slot], mask=inside, other=jnp.nan)
+            place = plt.load(scratch.places.at[r, slot], mask=inside, other=0)
+            take = inside & _reaches(number, place, held)
+            kept, dropped = done
+            if not final:
+                self.barrier()  # what is overwritten has been read
+                kept = self._pack(scratch.places, kept, take, place)
+            elif not source.is_scores:
+                kept = self._pack(scratch.units, kept, take, unit_at(place))
+            if source.is_scores:
+                dropped = self._pack(scratch.stale, dropped, inside & ~take, lax.div(place, UNIT))
+            return kept, dropped
+
+        zero = jnp.int32(0)
+        kept, dropped = lax.fori_loop(0, steps_of(held.size, 4 * size), step, (zero, zero))
+        self.barrier()
+        if source.is_scores:
+
+            def write(i: jax.Array, _: None) -> None:
+                slot = i * size + self.lane
+                unit = plt.load(scratch.stale.at[r, jnp.minimum(slot, dropped - 1)])
+                byte = self._byte(self._numbers(source, unit), unit, held)
+                put(self.bits, self.row, unit, byte.astype(jnp.uint8), slot < dropped)
+
+            lax.fori_loop(0, steps_of(dropped, size), write, None)
+            self.barrier()
+        return kept
+
+    def _pack(self, ref: Any, before: jax.Array, take: jax.Array, value: jax.Array) -> jax.Array:
+        """Stores the values ([M, N]) to take behind `before` others. Returns how many there are then."""
+        count = jnp.sum(ones(take), axis=0)
+        at = before + (jnp.cumsum(count) - count)[None] + jnp.cumsum(ones(take), axis=0) - ones(take)
+        put(ref, self.r, at, value, take)
+        return before + jnp.sum(count)
+
+
+def _reaches(number: jax.Array, index: jax.Array, held: Held) -> jax.Array:
+    value = score_of(held.key)
+    return (number > value) | ((number == value) & (index < held.cut))

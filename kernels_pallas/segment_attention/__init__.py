@@ -3,7 +3,7 @@
 import jax
 
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.segment_attention import gpu, reference
+from kernels_pallas.segment_attention import gpu, reference, tpu
 
 
 def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: jax.Array) -> jax.Array:
@@ -22,4 +22,5 @@ def segment_attention(q: jax.Array, k: jax.Array, v: jax.Array, spans: jax.Array
     if q.ndim != 3 or q.shape != k.shape or k.shape != v.shape or spans.shape != (q.shape[0], 2):
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} and spans {spans.shape} do not fit")
     cuda = gpu.segment_attention if gpu.supports(q) else None
-    return dispatch(reference.segment_attention, q, k, v, spans, cuda=cuda)
+    on_tpu = tpu.segment_attention if tpu.supports(q) else None
+    return dispatch(reference.segment_attention, q, k, v, spans, cuda=cuda, tpu=on_tpu)

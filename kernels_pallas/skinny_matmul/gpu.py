@@ -4,15 +4,18 @@ Schedule: one program for each tile of columns and each stretch of the contracte
 streams its part of the matrix through shared memory (asynchronous copies, `stages` deep), multiplies on the tensor
 cores with the rows padded to 16, and writes float32 partial sums. Who needs the result adds them, in a fixed order.
 
-The matrices' bytes are the floor: 25.5 MB for the six projections before attention take 8.6 us on an H200 (5.9 at 4.3
-TB/s), 16.8 MB of the output projection 6.1 us (3.9); launch, ramp and tail make up the rest: read from L2 instead, they
-take 5.9 and 4.1 us. Per-program stretches of 64 columns fill 128-byte lines, and enough programs of 40 KB of copies in
-flight fit the GPU at once.
+The matrices' bytes are the floor: 25.5 MB for the six projections before attention take 8.0 us on an H200 (5.9 at 4.3
+TB/s), 16.8 MB of the output projection 5.8 us (3.9), in a profile of whole decode steps; launch, ramp and tail make up
+the rest: read from L2 instead, they take 5.9 and 4.1 us alone, and the output projection 5.5 within a step.
+Per-program stretches of 64 columns fill 128-byte lines, and all programs fit the GPU at once.
 
 Tried and lost: one program a tile without splitting the contracted axis (narrow tiles of 16 and 32 columns read DRAM
 badly: 17 and 9 us); products on the plain cores from registers (10.3 and 6.4 us); a norm of the rows inside (1.1 us
-for one row, 4 for eight); tiles of 256 to 1,024 columns; the layer as a constant (0.3 us less,
-but a compilation a layer). The Triton lowering, because Mosaic's smallest wgmma wants 64 rows of one operand.
+for one row, 4 for eight); tiles of 256 to 1,024 columns; the layer as a constant (0.3 us less, but a compilation a
+layer). Within a step, microseconds more for the six projections and the output projection: 3 stages -0.1, 0.5; 5 stages
+0.4, 0.1; depth 256 0.5, 0.4; depth 1,024 0.8, 0.4; steps of 128 rows 0.4, 0.2; 2 warps 0.2, 0. Asking for the next
+kernel's launch early (`griddepcontrol.launch_dependents`) gains nothing: XLA has kernels set up early as it is.
+The Triton lowering, because Mosaic's smallest wgmma wants 64 rows of one operand.
 """
 
 from collections.abc import Sequence
@@ -38,7 +41,7 @@ class Tuning:
     columns: int = 64
     depth: int = 512
     step: int = 64
-    stages: int = 5
+    stages: int = 4
     warps: int = 4
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import WORD
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.sparse_attention import gpu_bits, gpu_ids, reference
+from kernels_pallas.sparse_attention import gpu_bits, gpu_ids, reference, tpu_bits, tpu_ids
 
 
 def attend_bits(
@@ -38,7 +38,8 @@ def attend_bits(
     if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
         raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
     cuda = partial(gpu_bits.attend_bits, most=most) if gpu_bits.supports(q, kv) else None
-    return dispatch(reference.attend_bits, q, kv, jnp.asarray(layer, jnp.int32), bits, start, cuda=cuda)
+    tpu = tpu_bits.attend_bits if tpu_bits.supports(q, kv) else None
+    return dispatch(reference.attend_bits, q, kv, jnp.asarray(layer, jnp.int32), bits, start, cuda=cuda, tpu=tpu)
 
 
 def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> jax.Array:
@@ -56,7 +57,8 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Arr
     if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
         raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
     cuda = gpu_ids.attend_ids if gpu_ids.supports(q, kv) else None
-    return dispatch(reference.attend_ids, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda)
+    tpu = tpu_ids.attend_ids if tpu_ids.supports(q, kv, ids) else None
+    return dispatch(reference.attend_ids, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda, tpu=tpu)
 
 
 def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:

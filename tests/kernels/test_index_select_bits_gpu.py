@@ -13,28 +13,34 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name in JAX 0.10.2
 
 from kernels_pallas.common import pack_bits
-from kernels_pallas.index_select import gpu_bits, gpu_score, gpu_threshold, gpu_topk, reference
+from kernels_pallas.index_select import gpu_bits, gpu_resident, gpu_score, gpu_threshold, gpu_topk, reference
 
-TOPK = gpu_threshold.Tuning(groups=64, listed=64, bracket=32, gather=16, unroll=2, warps=1)
-"""So small that a row of 1,024 keys takes every path: both sources of bounds, listed or not, narrowed or not."""
-TUNING = gpu_bits.Tuning(rows=128, score=gpu_score.Tuning(warpgroups=2, stages=1, programs=1), topk=TOPK)
-ROWS, S, K = 64, 1024, 24
+TOPK = gpu_threshold.Tuning(warps=1, groups=8, held=128, sample=64)
+"""So small that a row of 2,048 keys takes every path: units listed or not, candidates that find room or do not."""
+RESIDENT = gpu_resident.Tuning(warps=1)
+TUNING = gpu_bits.Tuning(
+    rows=128, score=gpu_score.Tuning(warpgroups=2, stages=1, programs=1), resident=RESIDENT, topk=TOPK
+)
+ROWS, S, K = 64, 2048, 24
 
 
 topk_mask = jax.jit(reference.topk_mask, static_argnums=2)
 
 
-@partial(jax.jit, static_argnums=3)
-def select(scores: jax.Array, start: jax.Array, first: jax.Array, chunk: int) -> jax.Array:
-    """Rows of scores → bits of `first`'s rows, [ROWS, S // 32]."""
-    spare = gpu_topk.spare_rows(S, TOPK)
-    scores = jnp.pad(scores, ((0, spare), (0, 0)), constant_values=jnp.nan)
+@partial(jax.jit, static_argnums=(3, 4))
+def select(
+    scores: jax.Array, start: jax.Array, first: jax.Array, chunk: int, resident: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of scores → bits of `first`'s rows, [ROWS, S // 32], and which of them `gpu_resident` left, [ROWS]."""
     tops = scores.reshape(-1, S // 8, 8).max(2)
     maxima = tops[:, gpu_score.unit_at(jnp.arange(S // 8))]
     bits = jnp.full((start.shape[0] * chunk, S // 8), 0xA5, jnp.uint8)  # what was there before must go
-    bits = gpu_topk.select_rows(scores, maxima, bits, start, first, chunk, K, TOPK, interpret=True)
+    left = jnp.ones(ROWS, jnp.int32)
+    if resident:
+        bits, left = gpu_resident.select_rows(scores, maxima, bits, start, first, chunk, K, RESIDENT, interpret=True)
+    bits = gpu_topk.select_rows(scores, maxima, bits, start, first, left, chunk, K, TOPK, interpret=True)
     words = jax.lax.bitcast_convert_type(bits.reshape(-1, S // 32, 4), jnp.uint32)
-    return jax.lax.dynamic_slice_in_dim(words, first[0] * ROWS, ROWS)
+    return jax.lax.dynamic_slice_in_dim(words, first[0] * ROWS, ROWS), left
 
 
 def rows_of(kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -57,24 +63,40 @@ def rows_of(kind: str, rng: np.random.Generator) -> np.ndarray:
             return np.repeat(rng.normal(size=(ROWS, S // 16)), 16, axis=1) + 1e-3 * normal
         case "rising":
             return np.arange(S) + 0 * normal
+        case "falling":
+            return -np.arange(S) + 0 * normal
+        case "minus infinity":
+            return np.where(rng.random((ROWS, S)) < 0.99, -np.inf, normal)
+        case "one place":
+            return normal + 10 * (np.abs(np.arange(S) - 700) < 90)
         case "huge":
             return rng.choice([3e38, -3e38, 2.0**-126, 0.0, 1.0], (ROWS, S))
     raise ValueError(kind)
 
 
-KINDS = "normal", "negative", "equal", "zeros", "few values", "mostly one value", "clustered", "rising", "huge"
+KINDS = (
+    "normal", "negative", "equal", "zeros", "few values", "mostly one value", "clustered", "rising", "falling",
+    "minus infinity", "one place", "huge",
+)  # fmt: skip
 
 
+TIED = ("equal", "zeros", "few values", "mostly one value", "minus infinity", "huge")
+"""Where more units tie with the k-th than a list has room for."""
+
+
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("start", [0, 5, 100, 447, S - ROWS])
-def test_rows(kind: str, start: int) -> None:
+@pytest.mark.parametrize("start", [0, 5, 100, 480, S - ROWS])
+def test_rows(kind: str, start: int, resident: bool) -> None:
     """Ragged starts; rows that see at most topk keys, and rows that see nearly all or all of them. They are the second
     block of a batch of two sequences."""
     scores = jnp.asarray(rows_of(kind, np.random.default_rng(start)), jnp.float32)
     visible = jnp.arange(S) <= start + jnp.arange(ROWS)[:, None]
     expected = pack_bits(topk_mask(scores, visible, K))
-    actual = select(scores, jnp.array([900, start], jnp.int32), jnp.ones(1, jnp.int32), ROWS)
+    actual, left = select(scores, jnp.array([900, start], jnp.int32), jnp.ones(1, jnp.int32), ROWS, resident)
     np.testing.assert_array_equal(actual, expected)
+    if resident and (kind not in TIED or start == 0):
+        assert not left.any()
 
 
 def test_arranged_keys_and_units() -> None:
@@ -121,3 +143,4 @@ def test_supports() -> None:
     assert not supports(I=128)
     assert not supports(S=4000)
     assert not supports(topk=4096)
+    assert not supports(S=16384, topk=4096)  # more than a row's list holds

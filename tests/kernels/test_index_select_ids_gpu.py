@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.index_select import gpu_ids, reference
+from kernels_pallas.index_select import gpu_ids, gpu_search, reference
 from kernels_pallas.index_select.gpu_ids import Tuning
 
 LAYERS, LAYER, B, TOPK = 2, 1, 2, 64
@@ -104,6 +104,44 @@ def test_every_value_of_float8() -> None:
     scale = jnp.ones((LAYERS, B, capacity), jnp.float32)
     arguments = jnp.asarray(query), jnp.asarray(weights), jnp.asarray(keys), scale, LAYER
     check(arguments, [len(values) - 1, len(values) - 2], 100, Tuning())
+
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "exponential, far from zero": lambda rng, n: 1e4 + rng.exponential(size=n),
+    "heavy tails": lambda rng, n: rng.standard_cauchy(n) ** 3,
+    "two values": lambda rng, n: rng.integers(0, 2, n) - 0.5,
+    "all equal": lambda rng, n: np.full(n, -3.0),
+    "mostly zero": lambda rng, n: np.where(rng.random(n) < 0.9, 0.0, rng.standard_normal(n)),
+    "squares overflow": lambda rng, n: rng.standard_normal(n) * 1e38,
+    "infinite": lambda rng, n: np.where(rng.random(n) < 0.5, np.inf, rng.standard_normal(n)),
+}
+
+
+@pytest.mark.parametrize("topk", [1, 30, 299])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_guess_changes_no_selection(distribution: str, topk: int) -> None:
+    """However wrong it is: of 300 visible scores and 212 that are not, the same ones are selected as without it."""
+    n, origin = 300, 100
+    scores = DISTRIBUTIONS[distribution](np.random.default_rng(4), 512).astype(np.float32)
+    ids, visible = jnp.arange(512), jnp.arange(512) < n
+    key = jnp.where(visible, gpu_search.sort_key(jnp.asarray(scores)), gpu_search.HIDDEN)
+
+    @jax.jit
+    def select() -> tuple[jax.Array, jax.Array]:
+        threshold, cutoff, before = gpu_search.boundary(
+            lambda measure, *_: measure(key, ids),
+            jnp.int32(n),
+            topk,
+            jnp.int32(origin),
+            512,
+            lambda: gpu_search.normal_quantile(key, jnp.int32(n), topk),
+        )
+        return (key > threshold) | ((key == threshold) & (ids < cutoff)), before
+
+    selected, before = select()
+    np.testing.assert_array_equal(selected, reference.topk_mask(jnp.asarray(scores), visible, topk))
+    assert before == np.sum(np.asarray(selected)[:origin])
 
 
 @pytest.mark.parametrize(
