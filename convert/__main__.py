@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 import time
-from pathlib import Path
 
 _LOG_SECONDS = 5.0
 _TERMINAL_SECONDS = 0.1
@@ -33,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="An interrupted conversion goes on where it stopped when the same command is run again. BUNDLE "
         "appears only when it is complete. Exit codes: 0 complete, 2 bad input, 130 interrupted.",
     )
-    parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder of the checkpoint")
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder to make")
+    parser.add_argument("hf_dir", metavar="HF_DIR", help="folder of the checkpoint")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder to make")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: %(default)s)"
     )

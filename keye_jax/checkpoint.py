@@ -96,18 +96,33 @@ def load_params(
     return unflatten(leaves)
 
 
-def read_group(checkpoint: Checkpoint, group: StorageGroup, dtype: Any) -> dict[Path, np.ndarray]:
+def read_group(
+    checkpoint: Checkpoint, group: StorageGroup, dtype: Any, *, memory: np.ndarray | None = None
+) -> dict[Path, np.ndarray]:
     """Reads one storage group (see `params.storage_groups`): full path of each parameter → array as stored.
+
+    Args:
+        memory: bytes `[group_bytes(group, dtype)]` or more for the arrays to lie in, so that groups can be read one
+            after another into pages that are there already; new memory without it.
 
     Raises:
         CheckpointError: see `Checkpoint.fill`.
     """
     dtype = weight_dtype(dtype)
-    arrays = {}
+    if memory is None:
+        memory = np.empty(group_bytes(group, dtype), np.uint8)
+    arrays, begin = {}, 0
     for path, spec in group.specs.items():
-        arrays[path] = np.empty(spec.shape, spec.as_dtype(dtype))
+        end = begin + spec.nbytes(dtype)
+        arrays[path] = memory[begin:end].view(spec.as_dtype(dtype)).reshape(spec.shape)
         checkpoint.fill(path, group.layer, arrays[path])
+        begin = _aligned(end)
     return arrays
+
+
+def group_bytes(group: StorageGroup, dtype: Any) -> int:
+    """Bytes of memory that `read_group` puts a group's arrays into."""
+    return sum(_aligned(spec.nbytes(dtype)) for spec in group.specs.values())
 
 
 def open_checkpoint(folder: str | os.PathLike[str], config: KeyeConfig) -> Checkpoint:
@@ -156,6 +171,11 @@ def weight_dtype(dtype: Any) -> np.dtype:
     if found not in (np.float32, ml_dtypes.bfloat16):
         raise CheckpointError(f"dtype {dtype!r} is not supported for weights; use float32 or bfloat16")
     return np.dtype(found)
+
+
+def _aligned(count: int) -> int:
+    """The next multiple of 64 bytes: a cache line, and aligned for every dtype."""
+    return -(-count // 64) * 64
 
 
 def _blank(spec: ParamSpec) -> np.ndarray:

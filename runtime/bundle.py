@@ -1,22 +1,21 @@
 """Bundles: what `python -m convert` writes and everything here runs from.
 
 A bundle is a folder with `manifest.json`, the tokenizer's files and `weights/`: one Orbax checkpoint (OCDBT) for
-each storage group, holding that group's arrays under their full paths, a layer's arrays without the layer axis.
-Weights are read through tensorstore, which is the store beneath Orbax: importing Orbax itself takes longer than
-loading a small model, and restoring would need the model library's parameter tree.
+each storage group, holding that group's arrays under their full paths, a layer's arrays without the layer axis. It may
+lie in an object store (`runtime.remote`), and its weights may go to any devices (`runtime.weights`).
 """
 
+import errno
 import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import graphs
+from runtime import graphs, remote
 from runtime.errors import InputError
 from runtime.graphs import GraphEntry, GraphKey
 from runtime.manifest import (
@@ -26,7 +25,6 @@ from runtime.manifest import (
     MEND,
     TOKENIZER,
     WEIGHTS,
-    StoredArray,
     StoredFile,
     StoredGroup,
     damaged,
@@ -40,13 +38,11 @@ from runtime.manifest import (
     write_file,
     write_manifest,
 )
+from runtime.remote import RemoteFiles
+from runtime.weights import Parameter, WeightReader, local_bytes, sharding_of
 
 if TYPE_CHECKING:
     from jax.export import Exported
-
-# Stacks up to this size are put together in host memory and sent at once; larger ones grow on the device,
-# layer by layer, so that the host never holds a whole one (38.7 GB for the published expert weights).
-_HOST_STACK_BYTES = 256 << 20
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
@@ -57,6 +53,7 @@ class Bundle:
     """A complete bundle whose manifest fits its files."""
 
     path: Path
+    """The folder, or for a bundle in an object store a temporary one with everything but the weights."""
     config: dict[str, Any]
     """The official config.json, as the model library reads it."""
     dtype: str
@@ -74,15 +71,22 @@ class Bundle:
     """Every file by its path in the bundle, except the manifest and the graphs."""
     graphs: dict[GraphKey, GraphEntry]
     """The exported graphs; `add_graph` adds to them."""
+    remote: RemoteFiles | None = None
+    """Where the weights are, if not in `path`."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Bundle":
         """Reads the manifest and checks it against the files: presence and size of all, sha256 of all but weights.
 
+        Args:
+            path: a folder, or the address of one in an object store such as gs://bucket/name, where the weights' files
+                are checked for presence only.
+
         Raises:
             InputError: not a bundle, an unfinished one, one from a newer version, missing or altered files.
         """
-        root = Path(path)
+        files = RemoteFiles(str(path)) if remote.is_address(path) else None
+        root = remote.fetch_small_files(files) if files else Path(path)
         manifest = read_manifest(root)
         bundle = cls(
             path=root,
@@ -95,6 +99,7 @@ class Bundle:
             shapes_only=typed(manifest, "shapes_only", bool),
             files=parse_files(typed(manifest, "files", list)),
             graphs=parse_graphs(typed(manifest, "graphs", list)),
+            remote=files,
         )
         if not bundle.shapes_only:
             bundle._check_stored_bytes()
@@ -106,56 +111,72 @@ class Bundle:
         """The tokenizer.json; None for a bundle made from a folder without one."""
         return self.path / TOKENIZER if TOKENIZER in self.files else None
 
-    def verify(self, *, progress: Progress | None = None) -> None:
-        """Reads every file and compares it with its sha256. Raises InputError naming the first that differs."""
-        total = sum(file.bytes for file in self.files.values())
+    def verify(self, *, group: str | None = None, progress: Progress | None = None) -> None:
+        """Reads every file, or those of one storage group, and compares it with its sha256.
+
+        Raises:
+            InputError: names the first file that differs.
+        """
+        prefix = f"{WEIGHTS}/{group}/" if group else ""
+        files = {name: file for name, file in self.files.items() if name.startswith(prefix)}
+        total = sum(file.bytes for file in files.values())
         done = 0
-        for name, file in self.files.items():
+        for name, file in files.items():
             self._check_sha256(name, file)
             done += file.bytes
             if progress is not None:
                 progress(done, total)
 
-    def load_params(self, *, progress: Progress | None = None) -> dict[str, Any]:
-        """Reads all weights onto the default device.
+    def load_params(
+        self, *, shardings: Mapping[str, Any] | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Reads all weights onto the default device, or onto the devices of this process as `shardings` says.
+
+        Each process reads the chunks that its own shards touch, once, whatever mesh the shardings belong to.
+
+        Args:
+            shardings: a tree like the result with a `jax.sharding.Sharding` for every array (more are ignored).
+            progress: called with bytes of this process's shards.
 
         Returns:
             Nested dictionaries with `jax.Array` leaves; the layers' arrays stacked on a leading axis.
 
         Raises:
             InputError: the store does not hold what the manifest says.
+            ValueError: `shardings` lacks an array.
         """
         if self.shapes_only:
             raise InputError(
                 f"{self.path} describes weights and holds none (convert --shapes-only); convert the whole checkpoint"
             )
-        reader = _ArrayReader(self.path)
-        total = sum(array.nbytes for group in self.groups.values() for array in group.arrays.values())
+        reader = self._reader()
+        placed = [(parameter, sharding_of(shardings, parameter.leaf)) for parameter in self._parameters()]
+        total = sum(local_bytes(parameter, sharding) for parameter, sharding in placed)
         done = 0
-        tree: dict[str, Any] = {}
-        for leaf, groups in leaf_groups(self.groups).items():
-            array = self.groups[groups[0]].arrays[leaf]
-            stacked = self.groups[groups[0]].layer is not None
-            _insert(tree, leaf, reader.load(leaf, array, groups, stacked=stacked))
-            done += array.nbytes * len(groups)
+
+        def count(arrived: int) -> None:
+            nonlocal done
+            done += arrived
             if progress is not None:
                 progress(done, total)
+
+        tree: dict[str, Any] = {}
+        for parameter, sharding in placed:
+            _insert(tree, parameter.leaf, reader.load(parameter, sharding, count))
         return tree
 
-    def read_group(self, name: str) -> dict[str, Any]:
-        """One storage group as numpy arrays, by dotted path. Raises InputError as `load_params` does."""
-        reader = _ArrayReader(self.path)
-        return {leaf: reader.read(leaf, array, [name])[0] for leaf, array in self.groups[name].arrays.items()}
+    def read_rows(self, group: str, leaf: str) -> Iterator[tuple[int, Any]]:
+        """One array of a storage group as numpy arrays of bounded size: (first row, rows). Raises as `load_params`."""
+        return self._reader().rows(leaf, self.groups[group].arrays[leaf], group)
 
     def abstract_params(self) -> dict[str, Any]:
         """The tree of `load_params` with `jax.ShapeDtypeStruct` leaves."""
         import jax
 
         tree: dict[str, Any] = {}
-        for leaf, groups in leaf_groups(self.groups).items():
-            array, stacked = self.groups[groups[0]].arrays[leaf], self.groups[groups[0]].layer is not None
-            shape = (len(groups), *array.shape) if stacked else array.shape
-            _insert(tree, leaf, jax.ShapeDtypeStruct(shape, jax.numpy.dtype(array.dtype)))
+        for parameter in self._parameters():
+            struct = jax.ShapeDtypeStruct(parameter.shape, jax.numpy.dtype(parameter.array.dtype))
+            _insert(tree, parameter.leaf, struct)
         return tree
 
     def add_graph(self, key: GraphKey, exported: "Exported", *, device_kind: str = "any") -> GraphEntry:
@@ -164,6 +185,8 @@ class Bundle:
         Raises:
             OSError: the bundle cannot be written.
         """
+        if self.remote is not None:
+            raise OSError(errno.EROFS, "graphs are added to a bundle's own folder", self.remote.address)
         entry, content = graphs.describe(key, exported, device_kind)
         folder = self.path / graphs.FOLDER
         folder.mkdir(exist_ok=True)
@@ -180,6 +203,14 @@ class Bundle:
         self.graphs[key] = entry
         return entry
 
+    def _parameters(self) -> Iterator[Parameter]:
+        for leaf, groups in leaf_groups(self.groups).items():
+            first = self.groups[groups[0]]
+            yield Parameter(leaf, first.arrays[leaf], groups, stacked=first.layer is not None)
+
+    def _reader(self) -> WeightReader:
+        return WeightReader(self.remote.address if self.remote else self.path)
+
     def _check_stored_bytes(self) -> None:
         # Arrays are stored uncompressed, so this bounds what a forged manifest can make the loader allocate.
         arrays = sum(array.nbytes for group in self.groups.values() for array in group.arrays.values())
@@ -189,7 +220,10 @@ class Bundle:
 
     def _check_files(self) -> None:
         root = self.path.resolve()
+        in_store = self.remote.names(WEIGHTS) if self.remote else set()
         for name, file in self.files.items():
+            if name in in_store:
+                continue
             path = self.path / name
             if not path.is_file():
                 raise InputError(f"{path} is missing from the bundle; {MEND}")
@@ -202,62 +236,12 @@ class Bundle:
                 self._check_sha256(name, file)
 
     def _check_sha256(self, name: str, file: StoredFile) -> None:
-        if file_sha256(self.path / name) != file.sha256:
-            raise InputError(f"{self.path / name} differs from its sha256 in {MANIFEST}; {MEND}")
-
-
-class _ArrayReader:
-    """Reads arrays from a bundle's Orbax checkpoints into device memory."""
-
-    def __init__(self, bundle: Path) -> None:
-        import tensorstore
-
-        self._tensorstore = tensorstore
-        self._bundle = bundle.resolve()
-        # Keeps the stores' index nodes, which all arrays of a group share.
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 16 << 20}})
-
-    def load(self, leaf: str, array: StoredArray, groups: list[str], *, stacked: bool) -> Any:
-        """A `jax.Array`: that of the one group, or those of all layers stacked."""
-        import jax
-        import numpy as np
-
-        if not stacked:
-            return jax.device_put(self.read(leaf, array, groups)[0])
-        shape = (len(groups), *array.shape)
-        if array.nbytes * len(groups) <= _HOST_STACK_BYTES:
-            return jax.device_put(np.stack(self.read(leaf, array, groups)))
-        stack = jax.numpy.zeros(shape, array.dtype)
-        for layer, group in enumerate(groups):
-            stack = _set_layer()(stack, self.read(leaf, array, [group])[0], layer)
-        return stack
-
-    def read(self, leaf: str, array: StoredArray, groups: list[str]) -> list[Any]:
-        """The array of each group, as numpy arrays."""
-        try:
-            stores = [store.result() for store in [self._open(leaf, group) for group in groups]]
-            for store, group in zip(stores, groups, strict=True):
-                if store.shape != array.shape or store.dtype.name != array.dtype:
-                    raise damaged(f"{group}: {leaf} is {store.dtype.name} {store.shape}")
-            return [read.result() for read in [store.read() for store in stores]]
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            reason = str(error).splitlines()[0][:200]
-            raise InputError(f"{self._bundle}: cannot read weights {leaf} ({reason}); {MEND}") from None
-
-    def _open(self, leaf: str, group: str) -> Any:
-        folder = {"driver": "file", "path": f"{group_folder(self._bundle, group)}/"}
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": folder, "path": f"{leaf}/"}}
-        return self._tensorstore.open(spec, open=True, read=True, context=self._context)
-
-
-@cache
-def _set_layer() -> Any:
-    """The jitted in-place update; made on first use so that this module does not import jax."""
-    import jax
-
-    return jax.jit(partial(jax.lax.dynamic_update_index_in_dim, axis=0), donate_argnums=0)
+        if self.remote is not None and name.startswith(f"{WEIGHTS}/"):
+            where, found = f"{self.remote.address}/{name}", hashlib.sha256(self.remote.read(name)).hexdigest()
+        else:
+            where, found = self.path / name, file_sha256(self.path / name)
+        if found != file.sha256:
+            raise InputError(f"{where} differs from its sha256 in {MANIFEST}; {MEND}")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from runtime.bundle import Bundle
 from runtime.graphs import FOLDER
 from runtime.manifest import MANIFEST, write_manifest
 
@@ -22,3 +25,9 @@ def edit_manifest(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((root / MANIFEST).read_text())
     change(manifest)
     write_manifest(root, manifest)
+
+
+def read_group(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
+    """One storage group's arrays by dotted path."""
+    arrays = bundle.groups[name].arrays
+    return {leaf: np.concatenate([rows for _, rows in bundle.read_rows(name, leaf)]) for leaf in arrays}

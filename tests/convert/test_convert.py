@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,16 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import convert.__main__ as command
 import convert.convert as module
 from convert.__main__ import main
 from convert.convert import convert
 from convert.journal import Journal
+from convert.store import OrbaxWriter
 from examples.tiny_checkpoint import write_tiny_checkpoint
 from keye_jax.checkpoint import Checkpoint
 from keye_jax.errors import CheckpointError
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import JOURNAL, MANIFEST, write_manifest
+from tests.bundles import read_group
 from tests.shards import entry, read_array, read_tensors, write_file
 
 ROOT = Path(module.__file__).parent.parent
@@ -72,8 +76,8 @@ def assert_equal_bundles(found: Path, expected: Path) -> None:
     first, second = Bundle.open(found), Bundle.open(expected)
     first.verify()
     for name in second.groups:
-        arrays = first.read_group(name)
-        for leaf, array in second.read_group(name).items():
+        arrays = read_group(first, name)
+        for leaf, array in read_group(second, name).items():
             np.testing.assert_array_equal(arrays[leaf], array)
     on_disk = {path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()}
     assert on_disk == {*first.files, MANIFEST}
@@ -95,40 +99,72 @@ def test_the_command_line_converts_and_verifies(checkpoint, uninterrupted, tmp_p
     assert_equal_bundles(tmp_path / "new folder" / "bundle", uninterrupted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("groups", [0, 1, 6])
-def test_a_killed_conversion_resumes_to_the_same_bundle(checkpoint, uninterrupted, tmp_path, groups):
-    bundle, partial = tmp_path / "bundle", tmp_path / "bundle.partial"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "convert", checkpoint, bundle], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+def kill_after(checkpoint: Path, bundle: Path, groups: int, seconds: float) -> None:
+    """Starts the conversion and kills it `seconds` after its journal has `groups` groups."""
+    partial = bundle.with_name(bundle.name + ".partial")
+    command = [sys.executable, "-m", "convert", checkpoint, bundle]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while journal_groups(partial) < groups or not partial.exists():
+    while journal_groups(partial) < groups or not (partial / JOURNAL).exists():
         assert process.poll() is None, "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.001)
+    time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = journal_groups(partial)
-    assert not bundle.exists()
-    with pytest.raises(InputError, match="run the same convert command again"):
-        Bundle.open(partial)
+
+
+@pytest.mark.slow
+def test_a_conversion_killed_again_and_again_ends_in_the_same_bundle(checkpoint, uninterrupted, tmp_path):
+    bundle, partial = tmp_path / "bundle", tmp_path / "bundle.partial"
+    moment = random.Random()  # another one every time: there is no point at which it may be lost
+    kept = 0
+    for more in (0, 0, 1, 2, 2):
+        kill_after(checkpoint, bundle, kept + more, moment.uniform(0, 0.03))
+        assert not bundle.exists()
+        with pytest.raises(InputError, match="run the same convert command again"):
+            Bundle.open(partial)
+        assert journal_groups(partial) >= kept
+        kept = journal_groups(partial)
     reports: list[str] = []
     convert(checkpoint, bundle, report=lambda stage, done, total: reports.append(stage))
     assert_equal_bundles(bundle, uninterrupted)
     assert not partial.exists()
-    written = sum(report.startswith("group ") for report in reports)
-    assert written + max(kept, 0) == len(Bundle.open(bundle).groups)
+    assert sum(report.startswith("group ") for report in reports) + kept == len(Bundle.open(bundle).groups)
 
 
-@pytest.mark.parametrize(("owner", "method"), [(Checkpoint, "fill"), (module._OrbaxWriter, "save")])
+def test_a_stop_just_before_and_just_after_the_end_leaves_nothing_behind(
+    checkpoint, uninterrupted, tmp_path, monkeypatch
+):
+    bundle = tmp_path / "bundle"
+
+    rename = os.rename
+
+    def stop(source, target, **options):
+        if Path(target) == bundle:
+            raise OSError("stopped by the test")
+        rename(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", stop)
+        with pytest.raises(OSError, match="stopped by the test"):
+            convert(checkpoint, bundle)
+    assert not bundle.exists()
+    convert(checkpoint, bundle)
+    assert_equal_bundles(bundle, uninterrupted)
+    (bundle / JOURNAL).touch()  # as if it had been killed after the bundle got its name
+    convert(checkpoint, bundle)
+    assert_equal_bundles(bundle, uninterrupted)
+
+
+@pytest.mark.parametrize(("owner", "method"), [(Checkpoint, "fill"), (OrbaxWriter, "save")])
 def test_ctrl_c_says_how_to_go_on(checkpoint, uninterrupted, tmp_path, monkeypatch, capsys, owner, method):
     """At the next safe place, and nothing of the group in work is lost: a save that was cut would spill tracebacks."""
     original, calls = getattr(owner, method), []
 
     def interrupt(*arguments):
         calls.append(arguments)
-        if len(calls) == 10:
+        if len(calls) == (10 if method == "save" else 60):
             os.kill(os.getpid(), signal.SIGINT)
         original(*arguments)
 
@@ -145,7 +181,7 @@ def test_ctrl_c_says_how_to_go_on(checkpoint, uninterrupted, tmp_path, monkeypat
 
 def interrupted(checkpoint: Path, bundle: Path, monkeypatch, **options) -> None:
     """Leaves a partial bundle of a few groups."""
-    save = module._OrbaxWriter.save
+    save = OrbaxWriter.save
 
     def stop(self, folder, arrays, group):
         if journal_groups(bundle.with_name(bundle.name + ".partial")) == 4:
@@ -153,7 +189,7 @@ def interrupted(checkpoint: Path, bundle: Path, monkeypatch, **options) -> None:
         save(self, folder, arrays, group)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._OrbaxWriter, "save", stop)
+        patch.setattr(OrbaxWriter, "save", stop)
         with pytest.raises(OSError, match="stopped by the test"):
             convert(checkpoint, bundle, **options)
 
@@ -323,14 +359,70 @@ def test_a_folder_without_tokenizer_converts_with_a_note(tmp_path, capsys):
     assert "note: no tokenizer.json" in capsys.readouterr().err
 
 
-def test_experts_are_stored_one_to_a_chunk(uninterrupted):
-    """A device that holds some of the experts reads no others."""
+def test_experts_and_heads_are_stored_one_to_a_chunk(uninterrupted):
+    """A device that holds some of them reads no others."""
     import tensorstore
 
-    folder = {"driver": "file", "path": f"{uninterrupted / 'weights' / 'text.layers.0.gate_up_proj'}/"}
-    store = {"driver": "ocdbt", "base": folder, "path": "text.layers.moe.gate_up_proj/"}
-    array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
-    assert array.chunk_layout.read_chunk.shape == (1, *array.shape[1:])
+    leaves = {"gate_up_proj": 0, "down_proj": 0, "q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 0}
+    for name, axis in leaves.items():
+        expert = axis == 0 and name != "o_proj"
+        group = f"text.layers.0.{name}" if expert else "text.layers.0"
+        folder = {"driver": "file", "path": f"{uninterrupted / 'weights' / group}/"}
+        leaf = f"text.layers.{'moe' if expert else 'attn'}.{name}"
+        store = {"driver": "ocdbt", "base": folder, "path": f"{leaf}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+        expected = [*array.shape]
+        expected[axis] = 1
+        assert array.chunk_layout.read_chunk.shape == tuple(expected), name
+
+
+def test_arrays_are_not_copied_before_they_are_written(checkpoint, tmp_path, monkeypatch):
+    """Orbax would copy them all, which doubles the memory of a conversion."""
+    import copy
+
+    copied: list[int] = []
+    original = copy.deepcopy
+
+    def deepcopy(value, *arguments):
+        result = original(value, *arguments)
+        if isinstance(value, np.ndarray) and result is not value:
+            copied.append(value.nbytes)
+        return result
+
+    monkeypatch.setattr(copy, "deepcopy", deepcopy)
+    convert(checkpoint, tmp_path / "bundle")
+    assert copied == []
+
+
+@pytest.mark.parametrize("read_bytes", [0, 1 << 30])
+def test_reading_ahead_or_not_gives_the_same_bundle(checkpoint, uninterrupted, tmp_path, monkeypatch, read_bytes):
+    monkeypatch.setattr(module, "_READ_BYTES", read_bytes)
+    convert(checkpoint, tmp_path / "bundle", verify=True)
+    assert_equal_bundles(tmp_path / "bundle", uninterrupted)
+
+
+def test_progress_tells_rate_and_remaining_time(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    progress = command._Progress()
+    progress("resuming", 400_000_000, 1_000_000_000)  # what was there before counts for no rate
+    now[0] += 5
+    progress("group 7/9", 500_000_000, 1_000_000_000)
+    now[0] += 5
+    progress("group 8/9", 520_000_000, 1_000_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "resuming · 400/1,000 MB",
+        "group 7/9 · 500/1,000 MB · 20 MB/s · 25 s left",
+        "group 8/9 · 520/1,000 MB · 12 MB/s · 40 s left",
+    ]
+
+
+def test_an_address_is_no_folder(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["gs://bucket/hf", "bundle"], [str(checkpoint), "gs://bucket/bundle"]):
+        assert main(arguments) == 2
+        assert "is an address" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_of_shapes_needs_only_the_config_and_cannot_be_run(checkpoint, tmp_path):

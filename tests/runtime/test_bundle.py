@@ -20,9 +20,11 @@ from examples.tiny_checkpoint import write_tiny_checkpoint
 from keye_jax.checkpoint import load_params
 from keye_jax.config import KeyeConfig
 from runtime import bundle as bundle_module
+from runtime import weights
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import JOURNAL, MANIFEST, VERSION, write_manifest
+from tests.bundles import read_group
 
 SMALL = {
     "vocab_size": 64,
@@ -97,7 +99,7 @@ def test_weights_are_those_of_the_checkpoint(checkpoint, tmp_path, dtype):
 
 def test_large_stacks_grow_on_the_device_with_the_same_values(made, monkeypatch):
     whole = Bundle.open(made).load_params()
-    monkeypatch.setattr(bundle_module, "_HOST_STACK_BYTES", 10_000)
+    monkeypatch.setattr(weights, "_HOST_BYTES", 10_000)
     assert_same(Bundle.open(made).load_params(), whole)
 
 
@@ -110,7 +112,7 @@ def test_orbax_restores_the_same_arrays(made):
         folder = bundle_module.group_folder(made.resolve(), name)
         restored = jax.tree.leaves_with_path(ocp.PyTreeCheckpointer().restore(folder))
         arrays = {".".join(key.key for key in path): np.asarray(array) for path, array in restored}
-        expected = bundle.read_group(name)
+        expected = read_group(bundle, name)
         assert arrays.keys() == expected.keys()
         for leaf, array in expected.items():
             np.testing.assert_array_equal(arrays[leaf], array)
