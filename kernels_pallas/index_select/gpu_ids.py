@@ -15,16 +15,8 @@ Cost: 68 bytes a key, once (fp8 keys and their scale); sort keys and lists are m
 JAX 0.11.2, batch 1, topk 2,048, random scores, microseconds a call in a chain over 8 layers, less 2.4 for the chain's
 loop and the small operation between calls, one run each (floor at 4.3 TB/s):
   context 8K 10.7 (0.1), 32K 12.2 (0.5), 128K 16.5 (2.1), 256K 20.5 (4.2).
-In a profile of whole decode steps at 8K, scores take 2.6 and ids 5.8 to 6.3 (7.6 without the normal quantile).
-With 256 programs in the last two launches: 8 x 32K 23 (4.2), 64 x 8K 33 (8.3). Alone in such chains, at 128K, scoring
-takes 5, the list 5 and the ids 4; what the rest is was not profiled.
+What was tried and lost: benchmarks/GPU_NOTES.md.
 
-Tried, each against the same build: 4,096 groups (8K +2.7, 128K -0.9); 256 programs scoring four tiles of 128 keys, two
-or three ahead, not 1,024 scoring one of 64 (128K +1.1 to +1.4); 4 warps in the searches (128K +1.7); 2,048 or 4,096
-scoring programs (128K +0.8, +1.5); at 8K, in ids alone: 4 and 16 warps (+1.2, +0.7), slices of 2,048 keys (+0.2).
-The output projection's weights read into L2 meanwhile (`cp.async.bulk.prefetch` in scoring programs) took 2.6 here and
-gave back 0.4 there. Not timed apart from other changes: the order of fp8 words, which spares 32 shuffles a tile, and
-pivots by interpolation, which nearly halve the steps of the search in a simulation.
 Triton rather than Mosaic GPU: M = 16 is no wgmma, and both its block-wide counts and its prefix sums are built in.
 """
 
@@ -49,6 +41,7 @@ from kernels_pallas.index_select.gpu_search import (
     search,
     sort_key,
 )
+from kernels_pallas.index_select.gpu_words import factors, words
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,7 @@ def score_keys(
         width = pl.cdiv(S, piece) * piece
         blocks = max(tuning.whole // tile, _power(tuning.score_blocks // B))
     if idx_k.dtype == jnp.float8_e4m3fn:
-        idx_q, idx_k = _words(idx_q), _words(idx_k)
+        idx_q, idx_k = words(idx_q), words(idx_k)
     scales = () if key_scale is None else (key_scale,)
     return pl.pallas_call(
         partial(_score_keys, topk=topk, blocks=blocks, tuning=tuning),
@@ -201,30 +194,6 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _words(x: jax.Array) -> jax.Array:
-    """[..., I] fp8 → [..., I // 4] uint32. XLA makes no copy."""
-    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // 4, 4), jnp.uint32)
-
-
-def _factors(x: jax.Array) -> list[jax.Array]:
-    """What the tensor cores multiply: x itself, or for words of four fp8 values [..., c] each of the four as float16.
-
-    The float16 are 2 ** -8 times the values: but for its place, the bit pattern of e4m3 means just that in float16,
-    for subnormal values too. (Ampere has no instruction for it.)
-    """
-    if x.dtype != jnp.uint32:
-        return [x]
-    rows, columns = x.shape
-    # The order in which a product sums is free. In this one a thread's 16 loaded bytes are its own operands: the
-    # compiler finds nothing to exchange between threads.
-    x = x.reshape(rows, columns // 16, 4, 2, 2).transpose(0, 1, 3, 2, 4).reshape(rows, columns)
-    sign, rest = jnp.uint32(0x80008000), jnp.uint32(0x3F803F80)
-    even = ((x << 8) & sign) | ((x << 7) & rest)
-    odd = (x & sign) | ((x >> 1) & rest)
-    halves = (even, even >> 16, odd, odd >> 16)
-    return [lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.float16) for half in halves]
-
-
 def _score_keys(
     layer_ref: Any,
     start_ref: Any,
@@ -254,7 +223,7 @@ def _score_keys(
     @pl.when(live > topk)
     def _() -> None:
         mask = jnp.broadcast_to((row < J)[:, None], (rows, I))
-        q = _factors(plt.load(q_ref.at[b, 0, row[:, None], column], mask=mask, other=0))
+        q = factors(plt.load(q_ref.at[b, 0, row[:, None], column], mask=mask, other=0))
         weights = plt.load(w_ref.at[b, 0, row], mask=row < J, other=0.0)
         if k_ref.dtype == jnp.uint32:
             weights *= 2.0**16
@@ -270,7 +239,7 @@ def _score_keys(
             (k, *scale), best = carry
             following = load(i + 1)
             products = jnp.zeros((rows, tile), jnp.float32)
-            for a, c in zip(q, _factors(k), strict=True):
+            for a, c in zip(q, factors(k), strict=True):
                 dims = (((1,), (1,)), ((), ()))
                 products += lax.dot_general(a, c, dims, precision=precision, preferred_element_type=jnp.float32)
             score = jnp.sum(weights[:, None] * jnp.maximum(products, 0.0), axis=0)
