@@ -18,7 +18,7 @@ help:
 	@echo "make demo     from nothing to an answer about a short video and a photograph (tiny random weights)"
 	@echo "make test     formatting, lint, types and all tests but the comparisons with other people's code"
 	@echo "make parity   the comparisons: adds CPU torch and transformers in an environment of their own"
-	@echo "make tpu-aot  compile exported graphs for TPU chips that need not be here (adds libtpu in an environment of its own)"
+	@echo "make tpu-aot  compile kernels and exported graphs for TPU chips that need not be here (adds libtpu in its own environment)"
 	@echo "make quick    the tests that take seconds"
 	@echo "make lint     formatting, lint and types alone"
 	@echo "make clean    remove the environments, caches and what the demo wrote"
@@ -43,6 +43,7 @@ lint:
 
 tpu-aot:
 	@.ci/venv.sh $(VENV)-tpu tpu $(PYTHON)
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_kernels
 	$(VENV)-tpu/bin/python -m benchmarks.tpu_aot --quick
 
 parity:

@@ -1,9 +1,10 @@
 """Compiles serialised graphs for TPU slices that are not here: `python -m benchmarks.tpu_aot [--quick]
 [--topology NAME] [--json FILE]`.
 
-A tiny model and the published one, as bundles without weights, are exported for each topology; every graph is read
-back from its file as a runtime would read it, and compiled by libtpu. The table says what one device holds of it.
-A program that does not fit is a row with the compiler's words. Needs `pip install "keye-jax[tpu]"` and no TPU.
+The published model (with `--quick` a tiny one too), as bundles without weights, is exported for each topology; every
+graph is read back from its file as a runtime would read it, and compiled by libtpu. The table says what one device
+holds of it. A program that does not fit is a row with the compiler's words. Needs `pip install "keye-jax[tpu]"`
+and no TPU.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 from benchmarks.published import write_published_config
 
 # libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips.
-_NO_TPU_HERE = {
+NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -31,7 +32,7 @@ _NO_TPU_HERE = {
 }
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
 _PATCHES, _CHUNK = 8192, 512
-_CONTEXTS = {"tiny": (8192,), "published": (8192, 32768, 131072)}
+_CONTEXTS = {"tiny": 8192, "published": 262144}
 _MIB = 1 << 20
 
 
@@ -57,7 +58,7 @@ def main() -> int:
         prog="python -m benchmarks.tpu_aot", description="Compile exported graphs for TPU slices that are not here."
     )
     parser.add_argument("--topology", metavar="NAME", help=f"only this one (default: {', '.join(TOPOLOGIES)})")
-    parser.add_argument("--quick", action="store_true", help="v5e:2x4 and the shortest context only; all must fit")
+    parser.add_argument("--quick", action="store_true", help="v5e:2x4 only, and a tiny model as well; all must fit")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")
     args = parser.parse_args()
     try:
@@ -66,7 +67,7 @@ def main() -> int:
         print('error: libtpu is not installed; pip install "keye-jax[tpu]" (make tpu-aot does)', file=sys.stderr)
         return 2
     os.environ.pop("TPU_LIBRARY_PATH", None)
-    os.environ.update(_NO_TPU_HERE)
+    os.environ.update(NO_TPU_HERE)
     rows = []
     print(_HEADER)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,18 +87,19 @@ def _rows(folder: Path, topologies: tuple[str, ...], *, quick: bool) -> Iterator
     from convert.convert import convert
     from examples.tiny_checkpoint import tiny_config
 
-    tiny = folder / "tiny"
-    tiny.mkdir()
-    (tiny / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
-    sources = {"tiny": tiny, "published": write_published_config(folder / "published")}
+    sources = {"published": write_published_config(folder / "published")}
+    if quick:
+        tiny = folder / "tiny"
+        tiny.mkdir()
+        (tiny / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
+        sources["tiny"] = tiny
     for model, source in sources.items():
         bundle = convert(source, folder / f"{model}-bundle", shapes_only=True)
-        contexts = _CONTEXTS[model][:1] if quick else _CONTEXTS[model]
         for topology in topologies:
-            yield from _compile(model, bundle.path, topology, contexts)
+            yield from _compile(model, bundle.path, topology, _CONTEXTS[model])
 
 
-def _compile(model: str, path: Path, topology: str, contexts: tuple[int, ...]) -> Iterator[Row]:
+def _compile(model: str, path: Path, topology: str, context: int) -> Iterator[Row]:
     from runtime import aot, graphs
     from runtime.bundle import Bundle
     from runtime.errors import InputError
@@ -107,10 +109,9 @@ def _compile(model: str, path: Path, topology: str, contexts: tuple[int, ...]) -
     bundle = Bundle.open(path)
     tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
     shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
-    shapes += [("prefill", (1, _CHUNK, context)) for context in contexts]
-    shapes += [("decode", (1, context)) for context in contexts]
+    shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
-        key = graphs.GraphKey(program, "tpu", topology_devices(topology), shape)
+        key = graphs.GraphKey(program, "tpu", topology_devices(topology), shape, preset=graphs.PRESETS[0])
         entry = bundle.add_graph(key, tracer.export(key), device_kind=topology)
         begin = time.perf_counter()
         measured: dict[str, Any]

@@ -1,9 +1,9 @@
-"""Compiles every TPU kernel at the published model's sizes for chips that are not here: `python -m benchmarks.tpu_kernels
-[--chip NAME] [--quick] [--json FILE]`.
+"""Compiles every TPU kernel at the published model's sizes for chips that are not here:
+`python -m benchmarks.tpu_kernels [--chip NAME] [--json FILE]`.
 
-The compiler is the real one (libtpu), so that a kernel that breaks a rule of the chip, or does not fit its VMEM, is a row
-with the compiler's words and exit code 1. Nothing runs: times are floors, from the operations and the bytes that each
-kernel's schedule moves (its module's head derives them) and the chips' datasheets.
+The compiler is the real one (libtpu), so that a kernel that breaks a rule of the chip, or does not fit its VMEM, is a
+row with the compiler's words and exit code 1. Nothing runs: times are floors, from the operations and the bytes that
+each kernel's schedule moves (its module's head derives them) and the chips' datasheets.
 """
 
 import argparse
@@ -19,13 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips.
-_NO_TPU_HERE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "JAX_PLATFORMS": "cpu",
-}
+from benchmarks.tpu_aot import NO_TPU_HERE
+
 _MIB = 1 << 20
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
@@ -84,7 +79,7 @@ def main() -> int:
         print('error: libtpu is not installed; pip install "keye-jax[tpu]" (make tpu-aot does)', file=sys.stderr)
         return 2
     os.environ.pop("TPU_LIBRARY_PATH", None)
-    os.environ.update(_NO_TPU_HERE)
+    os.environ.update(NO_TPU_HERE)
     from benchmarks.tpu_cases import cases
 
     rows = []
@@ -104,6 +99,8 @@ def _compile(case: Any, name: str) -> Row:
     import jax
     from jax.experimental import topologies
 
+    from runtime.aot import memory
+
     chip = CHIPS[name]
     device = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
@@ -117,7 +114,7 @@ def _compile(case: Any, name: str) -> Row:
         text = compiled.as_text() or ""
         found = {
             "vmem_bytes": max((_vmem(match) for match in _VMEM.findall(text)), default=0),
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "temporary_bytes": memory(compiled).temporaries,
             "xla_cycles": sum(map(int, _CYCLES.findall(text))),
         }
         if "tpu_custom_call" not in text:

@@ -32,6 +32,52 @@ def unpack_bits(bits: jax.Array) -> jax.Array:
     return mask.astype(bool).reshape(*bits.shape[:-1], bits.shape[-1] * WORD)
 
 
+def write_slots(
+    stack: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """Writes rows of consecutive slots of a cache of index keys or scales, in place where the stack is donated.
+
+    One slice a row is read, mixed and written back: for a scatter of 8-bit floats XLA's TPU backend changes the layout
+    of the whole stack.
+
+    Args:
+        stack: [L, B, S, ...].
+        new: [B, C, ...].
+        layer: int32 scalar.
+        start: [B] int32, the slot of each row's first token; below zero or beyond S where the cache holds another part
+            of the sequence: only slots that there are are written.
+        valid: [B] int32, how many of the C tokens are written.
+    """
+    (B, C), S = new.shape[:2], stack.shape[2]
+    width, rest = min(C, S), stack.shape[3:]
+
+    def write_row(b: jax.Array | int, stack: jax.Array) -> jax.Array:
+        first = jnp.clip(start[b], 0, S - width)
+        shift = first - start[b]
+        own = lax.dynamic_index_in_dim(new, b, keepdims=False)
+        # So padded, it has a slice for every place that the chunk and the cache can have to one another and still meet.
+        own = jnp.pad(own, ((width, width), *((0, 0) for _ in rest)))
+        own = lax.dynamic_slice_in_dim(own, jnp.clip(shift + width, 0, C + width), width)
+        token = shift + jnp.arange(width, dtype=jnp.int32)
+        counts = ((token >= 0) & (token < valid[b])).reshape(1, 1, width, *(1 for _ in rest))
+        place = (layer, b, first, *(0 for _ in rest))
+        old = lax.dynamic_slice(stack, place, (1, 1, width, *rest))
+        return lax.dynamic_update_slice(stack, jnp.where(counts, own[None, None], old), place)
+
+    return write_row(0, stack) if B == 1 else lax.fori_loop(0, B, write_row, stack)
+
+
+def scatter_slots(
+    stack: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array, valid: jax.Array
+) -> jax.Array:
+    """`write_slots` for keys and values: for slices of them XLA's TPU backend changes the layout of the whole stack."""
+    (B, C), S = new.shape[:2], stack.shape[2]
+    step = jnp.arange(C, dtype=jnp.int32)
+    slots = start[:, None] + step
+    slots = jnp.where((step < valid[:, None]) & (slots >= 0), slots, S)
+    return stack.at[layer, jnp.arange(B)[:, None], slots].set(new, mode="drop", unique_indices=True)
+
+
 class SoftmaxState(NamedTuple):
     """A softmax-weighted sum in progress: running maximum and denominator [...], numerator [..., K]; float32."""
 
@@ -68,3 +114,7 @@ class SoftmaxState(NamedTuple):
     def result(self) -> jax.Array:
         """[..., K] float32; zero where no key was seen."""
         return self.numerator / jnp.where(self.denominator == 0, 1.0, self.denominator)[..., None]
+
+    def log_sum_exp(self) -> jax.Array:
+        """[...] float32; MASKED where no key was seen."""
+        return jnp.where(self.denominator == 0, MASKED, self.maximum + jnp.log(self.denominator))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
 from keye_jax.indexer import IndexInputs
+from keye_jax.ops import scatter_slots, write_slots
 
 Cache = dict[str, jax.Array]
 
@@ -50,20 +51,23 @@ def init_cache(config: KeyeConfig, batch: int, capacity: int, dtype: Any) -> Cac
     return {k: jnp.zeros(v.shape, v.dtype) for k, v in abstract_cache(config, batch, capacity, dtype).items()}
 
 
-def append(cache: Cache, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array, index: IndexInputs) -> Cache:
+def append(
+    cache: Cache,
+    layer: jax.Array,
+    start: jax.Array,
+    valid: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index: IndexInputs,
+) -> Cache:
     """Writes one layer's rows of a chunk.
 
     Args:
-        slots: [B, C] int32 sequence indices; a slot at or beyond the capacity is not written (padding).
+        start, valid: [B] int32, as in `write_slots`.
         k, v: [B, C, G, K].
         index: the chunk's index keys.
     """
-    rows = jnp.arange(slots.shape[0])[:, None]
-    new = {"kv": jnp.stack([k, v], axis=2), "idx_k": index.k}
-    if index.k_scale is not None:
-        new["idx_scale"] = index.k_scale
-    written = {
-        name: cache[name].at[layer, rows, slots].set(value, mode="drop", unique_indices=True)
-        for name, value in new.items()
-    }
+    new = {"idx_k": index.k} if index.k_scale is None else {"idx_k": index.k, "idx_scale": index.k_scale}
+    written = {name: write_slots(cache[name], rows, layer, start, valid) for name, rows in new.items()}
+    written["kv"] = scatter_slots(cache["kv"], jnp.stack([k, v], axis=2), layer, start, valid)
     return {**cache, **written}

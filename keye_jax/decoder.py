@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keye_jax import ops
+from keye_jax import distributed, ops
 from keye_jax.cache import Cache, append
 from keye_jax.config import KeyeConfig, indexer_sections
 from keye_jax.indexer import index_inputs
 from keye_jax.layers import project
 from keye_jax.moe import moe
-from keye_jax.ops import rms_norm, rotate
+from keye_jax.ops import einsum_f32, rms_norm, rotate
+from keye_jax.parallel import ALONE, UNDIVIDED, Axis, Layout
 from keye_jax.rope import mrope_tables
 
 Tables = tuple[jax.Array, jax.Array]
@@ -26,10 +27,24 @@ DECODE_UNROLL = 8
 
 
 def embed(
-    params: dict[str, Any], tokens: jax.Array, vision_rows: jax.Array | None, is_vision: jax.Array | None
+    params: dict[str, Any],
+    tokens: jax.Array,
+    vision_rows: jax.Array | None,
+    is_vision: jax.Array | None,
+    vocab: Axis = ALONE,
 ) -> jax.Array:
-    """Token embeddings [B, C, D], with `vision_rows` [B, C, D] where `is_vision` [B, C]."""
-    h = params["embed_tokens"][tokens]
+    """Token embeddings [B, C, D], with `vision_rows` [B, C, D] where `is_vision` [B, C].
+
+    Args:
+        vocab: what the vocabulary is spread over.
+    """
+    table = params["embed_tokens"]
+    if vocab.size == 1:
+        h = table[tokens]
+    else:
+        rows = tokens - vocab.index() * table.shape[0]
+        mine = (rows >= 0) & (rows < table.shape[0])
+        h = vocab.sum(jnp.where(mine[..., None], table[jnp.where(mine, rows, 0)], 0))
     if vision_rows is None or is_vision is None:
         return h
     return jnp.where(is_vision[..., None], vision_rows.astype(h.dtype), h)
@@ -52,6 +67,7 @@ def decoder_layer(
     tables: tuple[Tables, Tables],
     valid: jax.Array,
     config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
 ) -> tuple[jax.Array, Cache]:
     """One layer for a chunk that continues every row at `cache["length"]`.
 
@@ -61,6 +77,7 @@ def decoder_layer(
         h: [B, C, D] residual stream.
         tables: from `rope_tables`.
         valid: [B] int32, tokens of the chunk that count; what follows them is padding and is not cached.
+        layout: how the model is spread over devices.
 
     Returns:
         The new residual stream and the cache with this layer's rows written (`length` unchanged).
@@ -71,12 +88,12 @@ def decoder_layer(
     eps = config.text.rms_norm_eps
     with jax.named_scope("attention"):
         a = rms_norm(h, params["input_layernorm"], eps)
-        out, cache = _attention(params, layer, a, cache, tables, valid, config)
+        out, cache = _attention(params, layer, a, cache, tables, valid, config, layout)
         h = h + out
     with jax.named_scope("moe"):
         m = rms_norm(h, params["post_attention_layernorm"], eps)
         B, C, D = m.shape
-        h = h + moe(params["moe"], experts, layer, m.reshape(B * C, D), config.text).reshape(B, C, D)
+        h = h + moe(params["moe"], experts, layer, m.reshape(B * C, D), config.text, layout.experts).reshape(B, C, D)
     return h, cache
 
 
@@ -88,19 +105,20 @@ def _attention(
     tables: tuple[Tables, Tables],
     valid: jax.Array,
     config: KeyeConfig,
+    layout: Layout,
 ) -> tuple[jax.Array, Cache]:
+    axis = layout.context
+    heads = axis.over(config.text.num_attention_heads)
     attn, eps = params["attn"], config.text.rms_norm_eps
     (cos, sin), (index_cos, index_sin) = tables
-    start, chunk, capacity = cache["length"], a.shape[1], cache["kv"].shape[2]
+    start = cache["length"]
     q = rms_norm(project("bcd,dhk->bchk", a, attn["q_proj"]), attn["q_norm"], eps)
     k = rms_norm(project("bcd,dgk->bcgk", a, attn["k_proj"]), attn["k_norm"], eps)
     v = project("bcd,dgk->bcgk", a, attn["v_proj"])
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k = heads.gather(rotate(q, cos, sin), 2), rotate(k, cos, sin)
     index = index_inputs(params["indexer"], a, index_cos, index_sin, config)
 
-    step = jnp.arange(chunk, dtype=jnp.int32)
-    slots = jnp.where(step < valid[:, None], start[:, None] + step, capacity)
-    cache = append(cache, layer, slots, k, v, index)
+    cache = append(cache, layer, start - axis.index() * cache["kv"].shape[2], valid, k, v, index)
     selection = (
         index.q,
         index.weights,
@@ -109,9 +127,11 @@ def _attention(
         layer,
         start,
         config.sparse.topk,
+        axis,
     )
-    out = ops.attend_bits(q, cache["kv"], layer, ops.select_bits(*selection), start, most=config.sparse.topk)
-    return project("bchk,hkd->bcd", out, attn["o_proj"]), cache
+    bits = distributed.select_bits(*selection)
+    out = distributed.attend_bits(q, cache["kv"], layer, bits, start, config.sparse.topk, axis)
+    return heads.sum(einsum_f32("bchk,hkd->bcd", out, attn["o_proj"])).astype(a.dtype), cache
 
 
 def decode_layer(
@@ -122,8 +142,11 @@ def decode_layer(
     tables: tuple[Tables, Tables],
     valid: jax.Array,
     config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
 ) -> tuple[jax.Array, Cache]:
     """`decoder_layer` for one token a row: h [B, 1, D]."""
+    axis = layout.context
+    heads = axis.over(config.text.num_attention_heads)
     attn, indexer, eps = stack["attn"], stack["indexer"], config.text.rms_norm_eps
     rows, start, capacity = h[:, 0], cache["length"], cache["kv"].shape[2]
     with jax.named_scope("attention"):
@@ -139,11 +162,11 @@ def decode_layer(
             ops.Tables(*(table[:, 0] for pair in tables for table in pair)),
             ops.Caches(cache["kv"], cache["idx_k"], cache.get("idx_scale")),
             layer,
-            jnp.where(valid > 0, start, capacity),
+            distributed.local_slots(jnp.where(valid > 0, start, axis.size * capacity), capacity, axis),
             eps,
         )
         kv, idx_k, idx_scale = inputs.caches
-        ids = ops.select_ids(
+        ids = distributed.select_ids(
             inputs.idx_q[:, None],
             inputs.idx_weights[:, None],
             idx_k,
@@ -151,10 +174,12 @@ def decode_layer(
             layer,
             start,
             config.sparse.topk,
+            axis,
         )
-        rows = ops.project_add(ops.attend_ids(inputs.q, kv, layer, ids), attn["o_proj"], layer, rows)
+        out = distributed.attend_ids(heads.gather(inputs.q, 1), kv, layer, ids, axis)
+        rows = distributed.project_add(out, attn["o_proj"], layer, rows, heads)
     with jax.named_scope("moe"):
-        rows = ops.moe_step(
+        rows = distributed.moe_step(
             rows,
             stack["post_attention_layernorm"],
             stack["moe"]["router"],
@@ -164,6 +189,7 @@ def decode_layer(
             config.text.num_experts_per_tok,
             config.text.norm_topk_prob,
             eps,
+            layout.experts.over(config.text.num_experts),
         )
     cache = {**cache, "kv": kv, "idx_k": idx_k}
     return rows[:, None], cache if idx_scale is None else {**cache, "idx_scale": idx_scale}
@@ -176,6 +202,7 @@ def decoder(
     positions: jax.Array,
     valid: jax.Array,
     config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
 ) -> tuple[jax.Array, Cache]:
     """All layers and the final norm.
 
@@ -184,6 +211,7 @@ def decoder(
         h: [B, C, D] from `embed`.
         positions: [3, B, C] int32.
         valid: [B] int32, tokens of the chunk that count.
+        layout: how the model is spread over devices.
 
     Returns:
         Normed hidden states [B, C, D] and the cache, `valid` tokens longer.
@@ -195,7 +223,7 @@ def decoder(
     step = decode_layer if one_token else decoder_layer
 
     def body(layer: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        return step(layers, layer, *carry, tables, valid, config)
+        return step(layers, layer, *carry, tables, valid, config, layout)
 
     # Carried, not scanned over: a cache that leaves a loop as a stacked output is copied.
     unroll = DECODE_UNROLL if one_token else 1
@@ -204,7 +232,8 @@ def decoder(
     return rms_norm(h, params["norm"], config.text.rms_norm_eps), cache
 
 
-def lm_head(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+def lm_head(params: dict[str, Any], hidden: jax.Array, vocab: Axis = ALONE) -> jax.Array:
     """Logits [..., V] float32 of normed hidden states [..., D], rounded through the model's dtype as the official
-    head is."""
-    return project("...d,vd->...v", hidden, params["lm_head"]).astype(jnp.float32)
+    head is. `vocab`: what the vocabulary is spread over."""
+    logits = project("...d,vd->...v", hidden, params["lm_head"])
+    return vocab.gather(logits, logits.ndim - 1).astype(jnp.float32)

@@ -17,6 +17,7 @@ from jax import lax
 from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig
 from keye_jax.decoder import decoder, embed, lm_head
+from keye_jax.parallel import UNDIVIDED, Layout
 from keye_jax.sampling import Sampling, sample
 from keye_jax.vision import vision_tokens
 
@@ -55,7 +56,12 @@ def vision(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, conf
 
 
 def prefill(
-    params: dict[str, Any], cache: Cache, logits: jax.Array, chunk: Chunk, config: KeyeConfig
+    params: dict[str, Any],
+    cache: Cache,
+    logits: jax.Array,
+    chunk: Chunk,
+    config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
 ) -> tuple[Cache, jax.Array]:
     """Appends a chunk to every row.
 
@@ -63,12 +69,13 @@ def prefill(
         params: the "text" parameters.
         cache: see `keye_jax.cache`; donated by the caller.
         logits: [B, V] float32; rows without a valid token in this chunk keep theirs.
+        layout: how the model is spread, inside `shard_map`; params and cache are this device's part.
     """
-    valid = chunk["valid"]
-    h = embed(params, chunk["tokens"], chunk["vision_rows"], chunk["is_vision"])
-    hidden, cache = decoder(params, h, cache, chunk["positions"], valid, config)
+    valid, vocab = chunk["valid"], layout.experts.over(config.text.vocab_size)
+    h = embed(params, chunk["tokens"], chunk["vision_rows"], chunk["is_vision"], vocab)
+    hidden, cache = decoder(params, h, cache, chunk["positions"], valid, config, layout)
     last = jnp.maximum(valid - 1, 0)
-    new = lm_head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    new = lm_head(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], vocab)
     return cache, jnp.where(valid[:, None] > 0, new, logits)
 
 
@@ -79,6 +86,7 @@ def decode(
     state: DecodeState,
     steps: jax.Array,
     config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
 ) -> tuple[Cache, jax.Array, DecodeState, jax.Array, jax.Array]:
     """Produces up to `steps` tokens a row in one device loop.
 
@@ -89,12 +97,13 @@ def decode(
         params: the "text" parameters.
         cache, logits: from `prefill` or the last `decode`; donated by the caller.
         steps: int32 scalar, at most MAX_DECODE_STEPS.
+        layout: as in `prefill`.
 
     Returns:
         cache, logits, state, tokens [B, MAX_DECODE_STEPS] int32 (NO_TOKEN where none was produced), and finite [B]
         bool: whether all logits that tokens were drawn from were finite.
     """
-    B = logits.shape[0]
+    B, vocab = logits.shape[0], layout.experts.over(config.text.vocab_size)
 
     def running(carry: tuple[Any, ...]) -> jax.Array:
         i, _, _, state, _, _ = carry
@@ -110,10 +119,10 @@ def decode(
         stopped = jnp.any(token[:, None] == state["stop_ids"], axis=-1)
         done = ~alive | stopped | (budget <= 0)
         positions = jnp.broadcast_to(cache["length"] + state["delta"], (3, B))[..., None]
-        h = embed(params, token[:, None], None, None)
-        hidden, cache = decoder(params, h, cache, positions, (~done).astype(jnp.int32), config)
+        h = embed(params, token[:, None], None, None, vocab)
+        hidden, cache = decoder(params, h, cache, positions, (~done).astype(jnp.int32), config, layout)
         state = {**state, "done": done, "budget": budget}
-        return i + 1, cache, lm_head(params, hidden[:, 0]), state, tokens, finite
+        return i + 1, cache, lm_head(params, hidden[:, 0], vocab), state, tokens, finite
 
     tokens = jnp.full((B, MAX_DECODE_STEPS), NO_TOKEN, jnp.int32)
     carry = (jnp.int32(0), cache, logits, state, tokens, jnp.ones((B,), bool))

@@ -9,6 +9,7 @@ from jax import lax
 from keye_jax.config import TextConfig
 from keye_jax.layers import project
 from keye_jax.ops import choose_experts, einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
+from keye_jax.parallel import ALONE, Axis
 
 COUNTED = 128
 """Tokens per block of the counting sort: below 256, so that bfloat16 operands and any accumulation are exact."""
@@ -34,6 +35,7 @@ def moe(
     layer: jax.Array | int,
     m: jax.Array,
     config: TextConfig,
+    axis: Axis = ALONE,
 ) -> jax.Array:
     """The layer's output for m [N, D].
 
@@ -41,18 +43,39 @@ def moe(
         params: this layer's "router".
         stacks: "gate_up_proj" [L, E, D, 2F] and "down_proj" [L, E, F, D] of all layers.
         layer: which layer.
+        axis: what the experts are spread over, if they divide: each device multiplies the rows of its own.
     """
     N, _ = m.shape
     weights, experts = route(params["router"], m, config)
-    k = config.num_experts_per_tok
+    k, axis = config.num_experts_per_tok, axis.over(config.num_experts)
+    count = config.num_experts // axis.size
+    own, mine = owned(experts, count, axis)
+    # Other devices' pairs come last, as a group that is not multiplied.
+    groups = count if axis.size == 1 else count + 1
     # The barrier keeps XLA from working out the positions again for each element that it gathers by them.
-    positions, sizes = lax.optimization_barrier(place(experts, config.num_experts))
+    positions, sizes = lax.optimization_barrier(place(own, groups))
+    sizes = sizes[:count]
     rows = spread_rows(m, positions)
     hidden = grouped_swiglu(rows, stacks["gate_up_proj"], layer, sizes)
     row_weights = jnp.zeros(N * k).at[positions].set(weights, mode="promise_in_bounds", unique_indices=True)
     # The router weight multiplies the float32 product; each expert's row is rounded, then the k rows are summed.
     out = grouped_matmul(hidden, stacks["down_proj"], layer, sizes, m.dtype, row_weights)
-    return jnp.sum(out[positions], axis=1, dtype=jnp.float32).astype(m.dtype)
+    rows = out[positions]
+    if axis.size > 1:
+        rows = jnp.where(mine[..., None], rows, 0)
+    return axis.sum(jnp.sum(rows, axis=1, dtype=jnp.float32)).astype(m.dtype)
+
+
+def owned(experts: jax.Array, count: int, axis: Axis) -> tuple[jax.Array, jax.Array]:
+    """Experts [...] int32 of all devices → their numbers on this one, `count` where another device has them, and which
+    are its own [...] bool.
+
+    Args:
+        count: experts a device.
+    """
+    own = experts - axis.index() * count
+    mine = (own >= 0) & (own < count)
+    return jnp.where(mine, own, count), mine
 
 
 def place(experts: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:

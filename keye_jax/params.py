@@ -106,8 +106,8 @@ def _vision_specs(v: VisionConfig) -> dict[str, Any]:
 
     def head_proj() -> dict[str, ParamSpec]:
         return {
-            "weight": ParamSpec((L, C, N, W), ("layer", "embed", "heads", None)),
-            "bias": ParamSpec((L, N, W), ("layer", "heads", None), "zeros"),
+            "weight": ParamSpec((L, C, N, W), ("layer", "embed", "vision_heads", None)),
+            "bias": ParamSpec((L, N, W), ("layer", "vision_heads", None), "zeros"),
         }
 
     return {
@@ -119,7 +119,7 @@ def _vision_specs(v: VisionConfig) -> dict[str, Any]:
             "k_proj": head_proj(),
             "v_proj": head_proj(),
             "out_proj": {
-                "weight": ParamSpec((L, N, W, C), ("layer", "heads", None, "embed")),
+                "weight": ParamSpec((L, N, W, C), ("layer", "vision_heads", None, "embed")),
                 "bias": ParamSpec((L, C), ("layer", None), "zeros"),
             },
             "layer_norm2": _layer_norm((L, C), ("layer", None)),

@@ -31,8 +31,12 @@ def context_limit(max_position_embeddings: int) -> int:
     return min(max_position_embeddings, CONTEXTS[-1])
 
 
-def context(tokens: int, limit: int) -> int:
+def context(tokens: int, limit: int, devices: int = 1) -> int:
     """Cache capacity for `tokens`.
+
+    Args:
+        limit: the model's context.
+        devices: that the cache is spread over.
 
     Raises:
         InputError: more tokens than `limit`, the model's context.
@@ -42,13 +46,13 @@ def context(tokens: int, limit: int) -> int:
             f"{tokens} tokens do not fit the model's context of {limit}; use fewer or smaller images and frames "
             "(--max-frames, --max-pixels), a shorter text, or a smaller --max-new-tokens"
         )
-    return next(c for c in contexts(limit) if tokens <= c)
+    return next(c for c in contexts(limit, devices) if tokens <= c)
 
 
-def contexts(limit: int) -> tuple[int, ...]:
-    """The capacities in use for a model whose context is `limit`; the last one holds it."""
-    whole = -(-limit // _CAPACITY_STEP) * _CAPACITY_STEP
-    return (*(c for c in CONTEXTS if c < whole), whole)
+def contexts(limit: int, devices: int = 1) -> tuple[int, ...]:
+    """The capacities in use for a model whose context is `limit`, ascending; the last one holds it."""
+    step = _CAPACITY_STEP * devices
+    return tuple(sorted({-(-min(size, limit) // step) * step for size in (*CONTEXTS, limit)}))
 
 
 def chunks(platform: str, plain: bool) -> tuple[int, ...]:
@@ -79,13 +83,15 @@ def patches(count: int) -> int:
     return max(_MIN_PATCHES, 1 << (count - 1).bit_length())
 
 
-def all_shapes(limit: int, standard: Sequence[int], *, batch: int = 1) -> list[tuple[str, tuple[int, ...]]]:
+def all_shapes(
+    limit: int, standard: Sequence[int], *, batch: int = 1, devices: int = 1
+) -> list[tuple[str, tuple[int, ...]]]:
     """Every (program, shape) that a model of context `limit` can come to need; see `runtime.graphs.SHAPE_NAMES`.
 
     Args:
         standard: chunk lengths, from `chunks`.
     """
-    sizes = contexts(limit)
+    sizes = contexts(limit, devices)
     # The shortest prompts take the shortest chunk, others the one that holds the context they are in.
     prefills = sorted({(batch, chunk(1, (), standard), sizes[0]), *((batch, chunk(s, (), standard), s) for s in sizes)})
     patch_sizes = [1 << n for n in range(_MIN_PATCHES.bit_length() - 1, MAX_PATCHES.bit_length())]

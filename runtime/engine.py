@@ -111,26 +111,53 @@ class Generation:
 class Engine:
     """A bundle ready to answer. `open` reads no weights, so that bad input is refused before they load; `load` does."""
 
-    def __init__(self, bundle: Bundle, progress: Progress | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        progress: Progress | None = None,
+        devices: int | None = None,
+        preset: str | None = None,
+    ):
         self.bundle = bundle
+        self._devices, self._preset = devices, preset
         self._progress = progress or (lambda stage, done, total: None)
         tokenizer = Tokenizer.from_folder(bundle.path) if bundle.tokenizer_path else None
         self.processor = Processor(ProcessorSettings.from_dict(bundle.processor_settings), tokenizer)
         self._executor: Executor | None = None
 
     @classmethod
-    def open(cls, bundle: str | os.PathLike[str], *, progress: Progress | None = None) -> "Engine":
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        devices: int | None = None,
+        preset: str | None = None,
+    ) -> "Engine":
         """Opens a bundle without its weights; they load with the first generation.
+
+        Args:
+            bundle: the folder.
+            progress: told how far long stages are.
+            devices: how many to spread the model over; None: all accelerators, or one CPU.
+            preset: what is spread over several devices, "context" (default) or "expert".
 
         Raises:
             InputError: not a bundle, or a damaged one.
         """
-        return cls(Bundle.open(bundle), progress)
+        return cls(Bundle.open(bundle), progress, devices, preset)
 
     @classmethod
-    def load(cls, bundle: str | os.PathLike[str], *, progress: Progress | None = None) -> "Engine":
-        """Opens a bundle and loads its weights. Raises InputError as `open` does."""
-        engine = cls.open(bundle, progress=progress)
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        progress: Progress | None = None,
+        devices: int | None = None,
+        preset: str | None = None,
+    ) -> "Engine":
+        """Opens a bundle and loads its weights. Arguments and errors as in `open`."""
+        engine = cls.open(bundle, progress=progress, devices=devices, preset=preset)
         engine.executor()
         return engine
 
@@ -140,11 +167,16 @@ class Engine:
             # jax comes in here, a second after bad input has been refused.
             from runtime import compile_cache
             from runtime.executor import Executor, ModelFacts
-            from runtime.programs import Programs
+            from runtime.programs import Programs, choose_devices
 
             compile_cache.enable()
             bundle, settings = self.bundle, self.processor.settings
-            params = bundle.load_params(progress=lambda done, total: self._progress("weights, bytes", done, total))
+            report = lambda line: self._progress(line, 0, 0)  # noqa: E731
+            programs = Programs(bundle, report, choose_devices(self._devices), self._preset)
+            params = bundle.load_params(
+                shardings=programs.param_shardings(),
+                progress=lambda done, total: self._progress("weights, bytes", done, total),
+            )
             facts = ModelFacts(
                 pad_ids=(settings.image_token_id, settings.video_token_id),
                 merge_size=settings.merge_size,
@@ -152,7 +184,6 @@ class Engine:
                 topk=bundle.config["sa_config"]["topk"],
                 indexer_dtype=bundle.indexer_dtype,
             )
-            programs = Programs(bundle, lambda line: self._progress(line, 0, 0))
             self._executor = Executor(programs, params, facts, self._progress)
         return self._executor
 

@@ -12,7 +12,7 @@ import numpy as np
 from runtime import buckets
 from runtime.errors import GenerationError, InputError
 from runtime.processor import Prompt
-from runtime.programs import Programs
+from runtime.programs import Program, Programs
 from runtime.sampling import SamplingOptions
 
 Progress = Callable[[str, int, int], None]
@@ -119,9 +119,9 @@ class Executor:
         longest = max(len(p.token_ids) for p in prompts)
         while not np.all(np.asarray(state["done"])):
             steps = min(steps, max(1, self._limit - longest - produced))
-            context = max(cache["kv"].shape[2], buckets.context(longest + produced + steps, self._limit))
+            context = max(cache["kv"].shape[2], self._context(longest + produced + steps))
             decode = self._timed(timings, self.programs.decode, batch, context)
-            cache = _grown(cache, decode.args[1])
+            cache = _grown(cache, decode)
             state["stop_ids"] = _padded(stop_ids, decode.args[3]["stop_ids"].shape[0])
             begin = time.perf_counter()
             cache, logits, state, tokens, finite = decode(self._text, cache, logits, state, np.int32(steps))
@@ -138,6 +138,9 @@ class Executor:
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
                 steps = min(2 * steps, tokens.shape[1])
+
+    def _context(self, tokens: int) -> int:
+        return buckets.context(tokens, self._limit, self.programs.mesh.size)
 
     def _attention_path(self, context: int, kernels: Sequence[str]) -> str:
         keys = "all-keys" if context <= self._facts.topk else f"top-{self._facts.topk}"
@@ -173,12 +176,12 @@ class Executor:
     ) -> tuple[Any, Any]:
         lengths = np.array([len(p.token_ids) for p in prompts])
         longest, batch = int(lengths.max()), len(prompts)
-        context = buckets.context(longest, self._limit)
+        context = self._context(longest)
         size = self.programs.chunk(batch, context, longest)
         program = self._timed(timings, self.programs.prefill, batch, size, context)
         begin = time.perf_counter()
         # Zeros, not empty memory: unwritten slots take part in masked sums, where a NaN would survive.
-        cache, logits = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), program.args[1:3])
+        cache, logits = program.zeros(1, 2)
         inputs = program.args[3]
         # Which row of a prompt's vision rows each of its tokens takes; only read at pad tokens.
         pads = [np.isin(p.token_ids, self._facts.pad_ids) for p in prompts]
@@ -216,11 +219,16 @@ def _padded(stop_ids: Sequence[int], slots: int) -> np.ndarray:
     return np.array([*stop_ids, *[-1] * (slots - len(stop_ids))], np.int32)
 
 
-def _grown(cache: Any, shapes: Any) -> Any:
-    """The cache with room for as many tokens as `shapes` has; its content stays where it is."""
+def _grown(cache: Any, program: Program) -> Any:
+    """The cache with room for as many tokens as the program's has; every token keeps its sequence index."""
+    shapes = program.args[1]
     if cache["kv"].shape == shapes["kv"].shape:
         return cache
-    return {
-        name: jnp.pad(array, [(0, new - old) for old, new in zip(array.shape, shapes[name].shape, strict=True)])
-        for name, array in cache.items()
-    }
+
+    def pad(cache: Any) -> Any:
+        return {
+            name: jnp.pad(array, [(0, new - old) for old, new in zip(array.shape, shapes[name].shape, strict=True)])
+            for name, array in cache.items()
+        }
+
+    return jax.jit(pad, out_shardings=program.shardings[1])(cache)

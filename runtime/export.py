@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from runtime.errors import InputError
+from runtime.graphs import PRESETS, SINGLE, GraphKey
 
 _EXAMPLES = """examples:
   python -m runtime.export BUNDLE --platform cpu
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--topology", metavar="NAME", help="TPU chips to shard over, such as v5e:2x4")
     target.add_argument("--devices", type=int, metavar="N", help="devices to shard over (default 1)")
+    parser.add_argument("--preset", choices=PRESETS, help=f"what is spread over several devices (default {PRESETS[0]})")
     parser.add_argument("--plain", action="store_true", help="without GPU kernels, which need Hopper (H100, H200)")
     parser.add_argument("--context", type=int, metavar="N", help="contexts up to N tokens (default: the model's)")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: by platform)")
@@ -61,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     from runtime import buckets
     from runtime.bundle import Bundle
-    from runtime.graphs import GraphKey
     from runtime.processor_settings import ProcessorSettings
     from runtime.progress import ProgressLine
 
@@ -77,17 +78,19 @@ def _run(args: argparse.Namespace) -> int:
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
     devices = args.devices or 1 if args.topology is None else topology_devices(args.topology)
-    limit = longest if args.context is None else buckets.context(args.context, longest)
+    limit = longest if args.context is None else buckets.context(args.context, longest, devices)
 
     from runtime.trace import Tracer
 
-    # The partitioner cannot divide kernels, so graphs for several devices have none.
-    standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain or devices > 1)
+    if args.preset and devices == 1:
+        raise InputError(f"--preset {args.preset} says what several devices share; give --devices or --topology")
+    preset = args.preset or PRESETS[0] if devices > 1 else SINGLE
+    standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain)
     progress = ProgressLine()
     tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
     keys = [
-        GraphKey(program, args.platform, devices, shape, args.plain)
-        for program, shape in buckets.all_shapes(limit, standard, batch=args.batch)
+        GraphKey(program, args.platform, devices, shape, args.plain, preset)
+        for program, shape in buckets.all_shapes(limit, standard, batch=args.batch, devices=devices)
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import GenerationError, InputError
+from runtime.graphs import PRESETS
 from runtime.request import add_request_arguments, prepare_request
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; 0: all")
     output.add_argument("--seed", type=int, metavar="S", help="same seed, same answer (default 0)")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    several = parser.add_argument_group("several devices")
+    several.add_argument("--devices", type=int, metavar="N", help="spread the model over N (default: all accelerators)")
+    several.add_argument("--preset", choices=PRESETS, help=f"what is spread (default {PRESETS[0]})")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -66,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.progress import ProgressLine
 
     progress = ProgressLine()
-    engine = Engine.open(args.bundle, progress=progress)
+    engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset)
     prompt = prepare_request(engine.processor, args, progress)
     progress.close()
     generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))

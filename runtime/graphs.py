@@ -25,6 +25,9 @@ SHAPE_NAMES: Mapping[str, tuple[str, ...]] = {
     "prefill": ("batch", "chunk", "context"),
     "decode": ("batch", "context"),
 }
+SINGLE = "single"
+PRESETS = ("context", "expert")
+"""How a model may lie on several devices (`keye_jax.sharding`); the first is the default."""
 DONATED: Mapping[str, tuple[int, ...]] = {"vision": (), "prefill": (1, 2), "decode": (1, 2)}
 """Arguments whose memory the result takes over: the cache and the logits."""
 
@@ -52,19 +55,26 @@ class GraphKey:
     """In the order of SHAPE_NAMES[program]."""
     plain: bool = False
     """Without the platform's kernels: for chips that they do not run on."""
+    preset: str = SINGLE
+    """How the model lies on several devices; a name of PRESETS, SINGLE for one device."""
+
+    def __post_init__(self) -> None:
+        if self.preset != SINGLE if self.devices == 1 else self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r:.40} for {self.devices} devices")
 
     @property
     def name(self) -> str:
         """Such as prefill-cpu-d1-batch1-chunk64-context512."""
         sizes = (f"{n}{s}" for n, s in zip(SHAPE_NAMES[self.program], self.shape, strict=True))
         plain = ["plain"] if self.plain else []
-        return "-".join([self.program, self.platform, *plain, f"d{self.devices}", *sizes])
+        preset = [self.preset] if self.devices > 1 else []
+        return "-".join([self.program, self.platform, *plain, f"d{self.devices}", *preset, *sizes])
 
     def export_command(self, bundle: object) -> str:
         """The command line that makes this graph, and others that go with it."""
         named = dict(zip(SHAPE_NAMES[self.program], self.shape, strict=True))
         options = [f"--{name} {named[name]}" for name in ("context", "chunk", "batch") if name in named]
-        devices = [f"--devices {self.devices}"] if self.devices > 1 else []
+        devices = [f"--devices {self.devices}", f"--preset {self.preset}"] if self.devices > 1 else []
         plain = ["--plain"] if self.plain else []
         bundle = shlex.quote(str(bundle))
         return " ".join(["python -m runtime.export", bundle, f"--platform {self.platform}", *plain, *devices, *options])
@@ -111,7 +121,7 @@ class GraphEntry:
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> "GraphEntry":
         program, platform, devices, named = (raw.pop(name) for name in ("program", "platform", "devices", "shape"))
-        plain = raw.pop("plain")
+        plain, preset = raw.pop("plain"), raw.pop("preset")
         if program not in SHAPE_NAMES or platform not in PLATFORMS:
             raise ValueError(f"program {program!r:.40} on platform {platform!r:.40}")
         if set(_object(named)) != set(SHAPE_NAMES[program]):
@@ -123,7 +133,7 @@ class GraphEntry:
             raise ValueError(f"sizes {counts!r:.80}")
         if type(plain) is not bool:
             raise ValueError(f"plain {plain!r:.40}")
-        entry = cls(key=GraphKey(program, platform, devices, shape, plain), mesh=mesh, kernels=kernels, **raw)
+        entry = cls(key=GraphKey(program, platform, devices, shape, plain, preset), mesh=mesh, kernels=kernels, **raw)
         texts = (entry.jax_version, entry.created, entry.device_kind, *mesh, *kernels)
         if not all(isinstance(text, str) and len(text) < 200 for text in texts):
             raise ValueError("a text is none, or too long")

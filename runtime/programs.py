@@ -5,19 +5,22 @@ on the spot, stored in the bundle where it can be written, and then treated like
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.export import Exported
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from runtime import buckets, graphs
 from runtime.aot import Memory, memory
 from runtime.bundle import Bundle
 from runtime.errors import InputError
-from runtime.graphs import DONATED, GraphKey
+from runtime.graphs import DONATED, PRESETS, SINGLE, GraphKey
 
 HOPPER = "9.0"
 """The compute capability that the GPU kernels are made for; other GPUs run plain graphs."""
@@ -37,6 +40,15 @@ class Program:
     memory: Memory
     kernels: tuple[str, ...]
     """The custom calls in it; empty where XLA alone made it."""
+    shardings: tuple[Any, ...]
+    """Where its arguments lie, as trees like `args`."""
+
+    def zeros(self, *arguments: int) -> tuple[Any, ...]:
+        """Zeros for these arguments, by their position, where the program wants them."""
+        return tuple(
+            jax.tree.map(lambda a, place: jnp.zeros(a.shape, a.dtype, device=place), self.args[n], self.shardings[n])
+            for n in arguments
+        )
 
     def __call__(self, *args: Any) -> Any:
         return self.run(*args)
@@ -50,13 +62,22 @@ class Programs:
         report: told what is about to take long, and what was exported.
     """
 
-    def __init__(self, bundle: Bundle, report: Report | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        report: Report | None = None,
+        devices: Sequence[Any] | None = None,
+        preset: str | None = None,
+    ):
+        self.mesh = Mesh(np.array(devices or jax.devices()[:1]), ("model",))
+        """The devices that programs run on."""
         self.platform = local_platform()
         self.plain = self.platform == "cuda" and getattr(jax.devices()[0], "compute_capability", None) != HOPPER
         """Whether this machine runs graphs without kernels."""
         self.compile_s = 0.0
         """Seconds spent loading, exporting and compiling so far."""
         self._bundle = bundle
+        self._preset = (preset or PRESETS[0]) if self.mesh.size > 1 else SINGLE
         self._report = report or (lambda line: None)
         self._programs: dict[GraphKey, Program] = {}
         self._tracer: Any = None
@@ -79,8 +100,25 @@ class Programs:
         exported = [k.shape[1] for k in here if (k.shape[0], k.shape[2]) == (batch, context)]
         return buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
 
+    def param_shardings(self) -> dict[str, Any]:
+        """Where weights lie: a tree of the bundle's parameters. Any of the graphs says it."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        shapes = self._bundle.abstract_params()
+        places = {name: jax.tree.map(lambda _: whole, tree) for name, tree in shapes.items()}
+        if self.mesh.size > 1:
+            known = [k for k in self._bundle.graphs if k == self._key("decode", *k.shape)]
+            key = min(known, default=self._key("decode", 1, buckets.context(1, buckets.CONTEXTS[0], self.mesh.size)))
+            places["text"] = self._places(self._load(key))[0]
+        return places
+
+    def _places(self, exported: Exported) -> tuple[Any, ...]:
+        """The shardings of a graph's arguments, as trees like theirs."""
+        if self.mesh.size == 1:
+            return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), graphs.arguments(exported))
+        return jax.tree.unflatten(exported.in_tree, exported.in_shardings_jax(self.mesh))[0]
+
     def _key(self, program: str, *shape: int) -> GraphKey:
-        return GraphKey(program, self.platform, 1, shape, self.plain)
+        return GraphKey(program, self.platform, self.mesh.size, shape, self.plain, self._preset)
 
     def _get(self, program: str, *shape: int) -> Program:
         key = self._key(program, *shape)
@@ -126,12 +164,28 @@ class Programs:
             # Registers the library that these calls look up when they are compiled.
             import_module("jax.experimental.mosaic.gpu")
         self._report(f"compiling {key.name}")
+        places = self._places(exported)
+        program = jax.jit(exported.call, in_shardings=places, donate_argnums=DONATED[key.program])
         try:
-            compiled = jax.jit(exported.call, donate_argnums=DONATED[key.program]).lower(*args).compile()
+            compiled = program.lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0][:300]
             raise InputError(f"graph {key.name} does not compile here ({reason}); {mend}") from None
-        return Program(key, args, compiled, memory(compiled), kernels)
+        return Program(key, args, compiled, memory(compiled), kernels, places)
+
+
+def choose_devices(count: int | None) -> list[Any]:
+    """The `jax.Device`s that a model is spread over: `count` of them, or all accelerators, or one CPU.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    devices = jax.devices()
+    if count is None:
+        return devices[:1] if jax.default_backend() == "cpu" else devices
+    if not 1 <= count <= len(devices):
+        raise InputError(f"--devices {count} must be from 1 to {len(devices)}, the devices of this machine")
+    return devices[:count]
 
 
 def local_platform() -> str:

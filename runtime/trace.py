@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from keye_jax import graphs, ops, sharding
 from keye_jax.cache import abstract_cache
@@ -20,6 +20,9 @@ from keye_jax.errors import ConfigError
 from keye_jax.params import abstract_params
 from runtime.errors import InputError
 from runtime.graphs import DONATED, GraphKey
+
+_CARRIED = 4
+"""Results of decode after the cache; prefill has the first of them."""
 
 _UNSTABLE_CALLS = ("__gpu$xla.gpu.triton",)
 """Kernels whose format jax.export does not promise to keep; a JAX that cannot compile them says how to export again."""
@@ -49,18 +52,30 @@ class Tracer:
         """The graph that `key` names: weights sharded over its devices by rule, everything else replicated."""
         function, names, rest = getattr(self, f"_{key.program}")(*key.shape)
         params: Any = {name: self._params[name] for name in names}
-        mesh = sharding.abstract_mesh(key.devices)
-        shardings = {name: sharding.param_shardings(self._config, mesh)[name] for name in names}
         if names == ("text",):
-            params, shardings = params["text"], shardings["text"]
+            params = params["text"]
         program = partial(function, config=self._config)
         options: dict[str, Any] = {"donate_argnums": DONATED[key.program]}
         if key.devices > 1:
-            options["in_shardings"] = (shardings, *(sharding.replicated_like(arg, mesh) for arg in rest))
+            program, options["in_shardings"] = self._spread(program, names, rest, key)
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
         make = export.export(jax.jit(program, **options), platforms=[key.platform], disabled_checks=checks)
         with _target(key):
             return make(params, *rest)
+
+    def _spread(self, program: Any, names: tuple[str, ...], rest: tuple[Any, ...], key: GraphKey) -> tuple[Any, Any]:
+        """The program over the devices of `key`, and its arguments' shardings: weights and cache as the preset says,
+        everything else on every device."""
+        whole, mesh = sharding.WHOLE, _mesh(key)
+        weights: Any = sharding.param_partitions(self._config, key.preset, key.devices)
+        if names == ("text",):
+            slots = sharding.cache_partitions(rest[0], key.preset)
+            program = partial(program, layout=sharding.layout(key.preset, key.devices))
+            partitions, results = (weights["text"], slots, *[whole] * (len(rest) - 1)), (slots, *[whole] * _CARRIED)
+            results = results[: 2 if key.program == "prefill" else None]
+        else:
+            partitions, results = ({name: weights[name] for name in names}, *[whole] * len(rest)), whole
+        return sharding.spread(program, mesh, partitions, results), sharding.shardings(partitions, mesh)
 
     def _vision(self, patches: int) -> Any:
         v = self._config.vision
@@ -102,17 +117,21 @@ class Tracer:
 @contextmanager
 def _target(key: GraphKey) -> Iterator[None]:
     """Tells the kernels which chip they are lowered for, or keeps them out."""
-    if key.plain or key.devices > 1:
-        # The partitioner cannot divide a kernel.
+    if key.plain:
         with ops.reference_only():
             yield
-    elif key.platform == "cuda":
-        device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-        mesh = AbstractMesh((1,), ("model",), axis_types=(AxisType.Auto,), abstract_device=device)
-        with jax.sharding.use_abstract_mesh(mesh):
+    elif key.platform == "cuda" and key.devices == 1:
+        with jax.sharding.use_abstract_mesh(_mesh(key)):
             yield
     else:
         yield
+
+
+def _mesh(key: GraphKey) -> AbstractMesh:
+    """The graph's devices; on GPUs with the chip that the kernels are lowered for."""
+    if key.platform != "cuda":
+        return sharding.abstract_mesh(key.devices)
+    return sharding.abstract_mesh(key.devices, AbstractDevice("NVIDIA H200", num_cores=None, platform="gpu"))
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

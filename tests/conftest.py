@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 # The same examples on every machine and no time limit per example: the first one of a shape compiles.
 settings.register_profile("keye", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("keye")
+
+# Meshes for the tests of sharding; everything else runs on the first one.
+jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import einsum_f32
+from kernels_pallas.common import einsum_f32, scatter_slots, write_slots
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
 from kernels_pallas.numerics import hadamard, layer_norm, quantise, rms_norm, rotate
 
@@ -28,12 +28,11 @@ def decode_inputs(
         idx_q, q_scale = quantise(idx_q)
         idx_k, scale = quantise(idx_k)
         idx_weights = idx_weights * q_scale
-    rows = jnp.arange(slots.shape[0])
 
     def append(cache: jax.Array, new: jax.Array) -> jax.Array:
-        return cache.at[layer, rows, slots].set(new, mode="drop", unique_indices=True)
+        return write_slots(cache, new[:, None], layer, slots, jnp.ones_like(slots))
 
-    kv = append(caches.kv, jnp.stack([k, v], axis=1))
+    kv = scatter_slots(caches.kv, jnp.stack([k, v], axis=1)[:, None], layer, slots, jnp.ones_like(slots))
     idx_scale = None if caches.idx_scale is None or scale is None else append(caches.idx_scale, scale)
     return DecodeInputs(q, idx_q, idx_weights, Caches(kv, append(caches.idx_k, idx_k), idx_scale))
 

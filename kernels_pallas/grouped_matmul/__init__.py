@@ -23,7 +23,7 @@ def grouped_matmul(
         x: [M, D] rows sorted by group.
         w: [L, E, D, F] matrices of all layers; passed whole so that no layer is copied out of the stack.
         layer: which layer's matrices, int32 scalar.
-        group_sizes: [E] int32, rows per group; they sum to M.
+        group_sizes: [E] int32, rows per group; what the rows after their sum become is not defined.
         out_dtype: dtype of the result; products accumulate in float32.
         row_scale: [M] float32; multiplies each row of the product before it is rounded.
 
@@ -53,7 +53,7 @@ def grouped_swiglu(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_siz
         x: [M, D] rows sorted by group.
         w: [L, E, D, 2F] matrices of all layers; gate is the first half of the columns, up the second.
         layer: which layer's matrices, int32 scalar.
-        group_sizes: [E] int32, rows per group; they sum to M.
+        group_sizes: [E] int32, rows per group, as in `grouped_matmul`.
 
     Returns:
         [M, F] in x's dtype: computed in float32, rounded once.

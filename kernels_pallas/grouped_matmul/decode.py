@@ -93,10 +93,11 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, expe
         m: [M, D].
         gate_up: [L, E, D, 2F] matrices of all layers, gate in the first F columns.
         layer: which layer, int32 scalar.
-        experts: [M, k] int32, different ones in a row.
+        experts: [M, k] int32, different ones in a row; -1 is none.
 
     Returns:
-        [M, k, F] in the dtype of m. Products are rounded to it; silu and the product with `up` are float32.
+        [M, k, F] in the dtype of m, zero where there is no expert. Products are rounded to it; silu and the product
+        with `up` are float32.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -122,7 +123,7 @@ def expert_down(
         hidden: [M, k, F] from `expert_swiglu`.
         down: [L, E, F, D] matrices of all layers.
         layer: which layer, int32 scalar.
-        experts: [M, k] int32, different ones in a row.
+        experts: [M, k] int32, different ones in a row; -1 is none.
         weights: [M, k] float32, multiply the float32 products.
         residual: [M, D].
 

@@ -21,7 +21,8 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array, experts: j
     """See `kernels_pallas.grouped_matmul.expert_swiglu`."""
     M, k = experts.shape
     order, sizes = _by_expert(experts, gate_up.shape[1])
-    return _restore(grouped_swiglu(m[order // k], gate_up, layer, sizes), order).reshape(M, k, -1)
+    hidden = _restore(grouped_swiglu(m[order // k], gate_up, layer, sizes), order).reshape(M, k, -1)
+    return jnp.where(experts[..., None] < 0, 0, hidden)
 
 
 def expert_down(
@@ -37,7 +38,7 @@ def expert_down(
     order, sizes = _by_expert(experts, down.shape[1])
     in_order = hidden.reshape(M * k, F)[order]
     weighted = grouped_matmul(in_order, down, layer, sizes, residual.dtype, weights.reshape(M * k)[order])
-    rows = _restore(weighted, order).reshape(M, k, -1)
+    rows = jnp.where(experts[..., None] < 0, 0, _restore(weighted, order).reshape(M, k, -1))
     return residual + jnp.sum(rows, axis=1, dtype=jnp.float32).astype(residual.dtype)
 
 
@@ -59,10 +60,10 @@ def moe_step(
 
 
 def _by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The order that sorts [M, k] (row, expert) pairs by expert, and the pairs of each expert."""
-    flat = experts.reshape(-1)
+    """The order that sorts [M, k] (row, expert) pairs by expert, none last, and the pairs of each expert."""
+    flat = jnp.where(experts < 0, count, experts).reshape(-1)
     # Stable: rows of one expert stay in token order, so results do not depend on the platform's sort.
-    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=count).astype(jnp.int32)
+    return jnp.argsort(flat, stable=True), jnp.bincount(flat, length=count + 1)[:count].astype(jnp.int32)
 
 
 def _restore(rows: jax.Array, order: jax.Array) -> jax.Array:

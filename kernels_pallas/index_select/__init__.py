@@ -73,6 +73,24 @@ def select_ids(
     return dispatch(plain, idx_q, weights, idx_k, key_scale, jnp.asarray(layer, jnp.int32), start, cuda=cuda, tpu=tpu)
 
 
+def scores_at(
+    idx_q: jax.Array,
+    weights: jax.Array,
+    idx_k: jax.Array,
+    key_scale: jax.Array | None,
+    layer: jax.Array | int,
+    ids: jax.Array,
+) -> jax.Array:
+    """Index scores of listed keys for one query per sequence (C = 1).
+
+    Args:
+        ids: [B, k] int32 key indices, none beyond the capacity; where one is negative the score means nothing.
+
+    Other arguments as in `select_bits`. Returns [B, k] float32.
+    """
+    return reference.scores_at(idx_q, weights, idx_k, key_scale, layer, ids)
+
+
 def _check(idx_q: jax.Array, weights: jax.Array, idx_k: jax.Array, key_scale: jax.Array | None, topk: int) -> None:
     B, C, J, I = idx_q.shape  # noqa: E741
     if weights.shape != (B, C, J) or idx_k.shape[1] != B or idx_k.shape[3] != I:

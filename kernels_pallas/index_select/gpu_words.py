@@ -1,4 +1,4 @@
-"""fp8 index keys as 32-bit words, for `gpu_ids`: arrays of 2 to 4 GiB of single bytes would get 32-bit signed offsets."""
+"""fp8 index keys as 32-bit words, for `gpu_ids`: arrays of 2 to 4 GiB of single bytes would get signed offsets."""
 
 import jax
 import jax.numpy as jnp

@@ -47,6 +47,22 @@ def index_scores(
     return lax.fori_loop(0, tiles, score_tile, jnp.full((B, C, S), -jnp.inf, jnp.float32))
 
 
+def scores_at(
+    idx_q: jax.Array,
+    weights: jax.Array,
+    idx_k: jax.Array,
+    key_scale: jax.Array | None,
+    layer: jax.Array | int,
+    ids: jax.Array,
+) -> jax.Array:
+    """See `kernels_pallas.index_select.scores_at`."""
+    wide = jnp.bfloat16 if idx_q.dtype == jnp.float8_e4m3fn else idx_q.dtype
+    rows, ids = jnp.arange(ids.shape[0])[:, None], jnp.maximum(ids, 0)
+    products = einsum_f32("bji,bki->bjk", idx_q[:, 0].astype(wide), idx_k[layer, rows, ids].astype(wide))
+    scores = jnp.sum(weights[:, 0, :, None] * jnp.maximum(products, 0.0), axis=1)
+    return scores if key_scale is None else scores * key_scale[layer, rows, ids]
+
+
 def sortable(scores: jax.Array) -> jax.Array:
     """Maps float32 to uint32 of the same order. -0.0 and +0.0 map to the same value."""
     bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)

@@ -61,6 +61,30 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Arr
     return dispatch(reference.attend_ids, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda, tpu=tpu)
 
 
+def attend_bits_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array | int,
+    bits: jax.Array,
+    start: jax.Array,
+    most: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_bits` over a part of the keys, to be merged with others.
+
+    Returns:
+        The result in float32 [B, C, H, K], zero where nothing is selected, and the log-sum-exp of the scaled scores
+        [B, C, H] float32, -1e30 there.
+    """
+    _check(q.shape[0], q.shape[2:], q, kv)
+    return dispatch(reference.attend_bits_lse, q, kv, jnp.asarray(layer, jnp.int32), bits, start)
+
+
+def attend_ids_lse(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`attend_ids` over a part of the keys: [B, H, K] float32 and [B, H] float32, as `attend_bits_lse`."""
+    _check(q.shape[0], q.shape[1:], q, kv)
+    return dispatch(reference.attend_ids_lse, q, kv, jnp.asarray(layer, jnp.int32), ids)
+
+
 def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:
     if kv.ndim != 6 or kv.shape[1] != batch or kv.shape[3] != 2 or kv.shape[5] != heads[1]:
         raise ValueError(f"q {q.shape} and kv {kv.shape} do not fit")

@@ -14,7 +14,7 @@ from tests.runtime.test_graphs import toy
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed here")
 def test_without_libtpu_the_error_says_what_to_install() -> None:
-    key = GraphKey("decode", "tpu", 8, (1, 512))
+    key = GraphKey("decode", "tpu", 8, (1, 1024), preset="context")
     with pytest.raises(InputError, match=r"no compiler for the topology 'v5e:2x4'.*install keye-jax\[tpu\]"):
         aot.compile_for_topology(key, toy(key), "v5e:2x4")
 

@@ -82,7 +82,9 @@ EXTENTS = st.integers(1, graphs._MAX_EXTENT)
 def keys(draw: st.DrawFn) -> GraphKey:
     program = draw(st.sampled_from(sorted(SHAPE_NAMES)))
     shape = tuple(draw(EXTENTS) for _ in SHAPE_NAMES[program])
-    return GraphKey(program, draw(st.sampled_from(graphs.PLATFORMS)), draw(EXTENTS), shape, draw(st.booleans()))
+    platform, devices = draw(st.sampled_from(graphs.PLATFORMS)), draw(EXTENTS)
+    preset = draw(st.sampled_from(graphs.PRESETS)) if devices > 1 else graphs.SINGLE
+    return GraphKey(program, platform, devices, shape, draw(st.booleans()), preset)
 
 
 ENTRIES = st.builds(

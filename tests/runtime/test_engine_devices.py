@@ -1,0 +1,35 @@
+"""A bundle answers the same on any number of devices."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from runtime.bundle import Bundle
+from runtime.engine import Engine
+from runtime.errors import InputError
+from runtime.programs import choose_devices
+from tests.keye_jax.golden_prompts import CASES
+from tests.runtime.test_executor import generate, golden_prompt
+
+
+@pytest.mark.parametrize(("devices", "preset"), [(4, None), (2, "expert")])
+def test_golden_tokens_on_several_devices(
+    golden: dict[str, np.ndarray], golden_bundle: Path, devices: int, preset: str | None
+) -> None:
+    """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows."""
+    engine = Engine(Bundle.open(golden_bundle), devices=devices, preset=preset)
+    rows = generate(engine.executor(), [golden_prompt(golden, case) for case in CASES])
+    for case, row in zip(CASES, rows, strict=True):
+        assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist(), case
+    assert engine.executor().programs.mesh.size == devices
+
+
+def test_more_devices_than_there_are_is_refused() -> None:
+    with pytest.raises(InputError, match=rf"--devices 99 must be from 1 to {len(jax.devices())}"):
+        choose_devices(99)
+
+
+def test_a_cpu_is_one_device_unless_told() -> None:
+    assert len(choose_devices(None)) == 1
