@@ -29,11 +29,11 @@ demo:
 	@$(BIN)/python -m examples.demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not parity"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not parity"
 
 quick:
 	@.ci/venv.sh $(VENV) test $(PYTHON)
-	$(BIN)/python -m pytest -m "not slow and not parity"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not parity"
 
 lint:
 	@.ci/venv.sh $(VENV) test $(PYTHON)
