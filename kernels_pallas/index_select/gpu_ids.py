@@ -32,16 +32,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_search import (
-    HIDDEN,
-    MOST,
     boundary,
     bounds,
     count_two,
     normal_quantile,
     search,
-    sort_key,
 )
 from kernels_pallas.index_select.gpu_words import factors, words
+from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, sort_key
 
 
 @dataclass(frozen=True)
@@ -246,19 +244,19 @@ def _score_keys(
             for s in scale:
                 score *= s
             first = (block + i * blocks) * tile
-            key = jnp.where(first + lane < live, sort_key(score), HIDDEN)
+            key = jnp.where(first + lane < live, sort_key(score), LOWEST)
             keys_ref[b, pl.ds(first, tile)] = key
             return following, jnp.maximum(best, key)
 
         own = (tiles - block + blocks - 1) // blocks
-        _, best = lax.fori_loop(0, own, step, (load(jnp.int32(0)), jnp.full((tile,), HIDDEN, jnp.int32)))
+        _, best = lax.fori_loop(0, own, step, (load(jnp.int32(0)), jnp.full((tile,), LOWEST, jnp.int32)))
 
         # Every program gives `groups` maxima, over keys that lie far apart: as many as fit for the programs in use,
         # so that there are about `whole` of them for any context. Only one of these conditions holds.
         groups = tile if keys_ref.shape[1] > whole else 0
         while groups and groups >= whole // blocks:
             least = whole // (2 * groups) if groups < tile else 0
-            most = whole // groups if groups > whole // blocks else MOST
+            most = whole // groups if groups > whole // blocks else HIGHEST
 
             @pl.when((least < tiles) & (tiles <= most) & (block < whole // groups))
             def _(groups: int = groups) -> None:
@@ -271,7 +269,7 @@ def _load(keys_ref: Any, b: jax.Array, first: Any, size: int, n: jax.Array) -> j
     """`size` keys from the `first` on, hidden from the n-th on. `first` is a multiple of `size`; beyond the array's
     end it is moved back."""
     at = 0 if isinstance(first, int) else pl.multiple_of(jnp.minimum(first, keys_ref.shape[1] - size), size)
-    return jnp.where(first + jnp.arange(size) < n, keys_ref[b, pl.ds(at, size)], HIDDEN)
+    return jnp.where(first + jnp.arange(size) < n, keys_ref[b, pl.ds(at, size)], LOWEST)
 
 
 def _list_candidates(
@@ -306,7 +304,7 @@ def _list_candidates(
 
         def step(i: jax.Array, key: jax.Array) -> jax.Array:
             following = load(i + 1)
-            mask = (key > HIDDEN) & ((key >= floor) | too_few)
+            mask = (key > LOWEST) & ((key >= floor) | too_few)
             rank = lax.cumsum(mask.astype(jnp.int32))
             slot = plt.atomic_add(count_ref, (b,), jnp.max(rank)) + rank - 1
             slot = jnp.where(mask, slot, key_ref.shape[1])

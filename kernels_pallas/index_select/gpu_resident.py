@@ -40,7 +40,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_score import QUERIES, UNIT, unit_at
-from kernels_pallas.index_select.gpu_threshold import HIGHEST, LOWEST, iota, ones, put, score_of, sort_key, steps_of
+from kernels_pallas.index_select.gpu_threshold import iota, ones, put, steps_of
+from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, score_of, sort_key
 
 HALF = UNIT // 2
 """Scores that a thread loads at once: 16 bytes."""

@@ -10,20 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-HIDDEN = -(2**31)
-"""Sort key of what the query does not see; below that of every score."""
-MOST = 2**31 - 1
-
-
-def sort_key(score: jax.Array) -> jax.Array:
-    """int32 of the same order as float32; both zeros map to the same value."""
-    bits = lax.bitcast_convert_type(jnp.where(score == 0, 0.0, score), jnp.int32)
-    return jnp.where(bits < 0, bits ^ MOST, bits)
-
-
-def score(key: jax.Array) -> jax.Array:
-    """The inverse of `sort_key`."""
-    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ MOST, key), jnp.float32)
+from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, score_of, sort_key
 
 
 def boundary(
@@ -49,7 +36,7 @@ def boundary(
     low, high = fold(
         lambda key, _: bounds(key),
         lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
-        (jnp.int32(MOST), jnp.int32(HIDDEN)),
+        (jnp.int32(HIGHEST), jnp.int32(LOWEST)),
     )
     first = None if guess is None else guess()
     threshold, reached, above = search(count, low, high, n, topk, 0, first)
@@ -69,13 +56,13 @@ def boundary(
 
 def bounds(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Smallest and largest visible key."""
-    return jnp.min(jnp.where(key == HIDDEN, MOST, key)), jnp.max(key)
+    return jnp.min(jnp.where(key == LOWEST, HIGHEST, key)), jnp.max(key)
 
 
 def normal_quantile(key: jax.Array, n: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
     """Scores a little below and above the topk-th largest of n visible ones, if they are distributed normally."""
     count = n.astype(jnp.float32)
-    x = jnp.where(key == HIDDEN, 0.0, score(key))
+    x = jnp.where(key == LOWEST, 0.0, score_of(key))
     mean = jnp.sum(x) / count
     deviation = jnp.sqrt(jnp.maximum(jnp.sum(x * x) / count - mean * mean, 0.0))
     # Hastings' approximation of the quantile (Abramowitz & Stegun 26.2.23), for the smaller of the two tails.
@@ -136,7 +123,7 @@ def search(
             key = low + jnp.minimum(jnp.maximum(offset, 1), gap - 1).astype(jnp.int32)
             if guess is None:
                 return key
-            between = score(low) + (score(high) - score(low)) * fraction
+            between = score_of(low) + (score_of(high) - score_of(low)) * fraction
             between = sort_key(jnp.where(turn == 0, guess[first], between))
             between = jnp.minimum(jnp.maximum(between, low + 1), high - 1)
             return jnp.where((turn & 3) == 3, key, between)

@@ -9,10 +9,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_score import UNIT, UNITS
+from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, sort_key
 
-LOWEST = -(2**31)
-"""Below the sort key of every score."""
-HIGHEST = 2**31 - 1
 MINUS_INFINITY = -0x7F800001
 """The sort key of minus infinity."""
 
@@ -40,17 +38,6 @@ class Tuning:
     def slack(self, topk: int) -> int:
         """How many more units than `topk` may be gathered."""
         return topk // self.spare
-
-
-def sort_key(scores: jax.Array) -> jax.Array:
-    """float32 → int32 of the same order, both zeros alike."""
-    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def score_of(key: jax.Array) -> jax.Array:
-    """The inverse of `sort_key`."""
-    return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
 
 
 def ones(mask: jax.Array) -> jax.Array:

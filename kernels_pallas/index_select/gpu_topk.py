@@ -45,18 +45,16 @@ from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, UNITS, unit_at
 from kernels_pallas.index_select.gpu_threshold import (
-    LOWEST,
     MINUS_INFINITY,
     Tuning,
     guess,
     iota,
     ones,
     put,
-    score_of,
     search,
-    sort_key,
     steps_of,
 )
+from kernels_pallas.index_select.sort_keys import LOWEST, score_of, sort_key
 
 PARTS = 2
 """A unit is loaded in so many vectors of 16 bytes."""

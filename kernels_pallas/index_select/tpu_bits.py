@@ -39,7 +39,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import WORD
 from kernels_pallas.index_select import tpu_stream
-from kernels_pallas.index_select.tpu_search import HIDDEN, cut, search, sort_key
+from kernels_pallas.index_select.sort_keys import LOWEST, sort_key
+from kernels_pallas.index_select.tpu_search import cut, search
 from kernels_pallas.index_select.tpu_stream import LANES, Stream
 
 SEGMENT = WORD * LANES
@@ -214,8 +215,8 @@ def _block(
             gates[j] = jnp.broadcast_to(weights[:, j : j + 1], (Q, LANES))
         _score(segments, last, q, stream, scores, tops, gates, even, odd)
         enough = last >= topk
-        low = jnp.full((Q, 1), HIDDEN + 1, jnp.int32)
-        beyond = jnp.max(fold(tops, lambda x, _: x, jnp.maximum, HIDDEN), axis=1, keepdims=True) + 1
+        low = jnp.full((Q, 1), LOWEST + 1, jnp.int32)
+        beyond = jnp.max(fold(tops, lambda x, _: x, jnp.maximum, LOWEST), axis=1, keepdims=True) + 1
         # topk maxima that reach a pivot are topk keys that do.
         low, _, _ = search(lambda p: count(tops, lambda x, _: x >= p), topk, low, beyond, enough)
         threshold, reach, above = search(lambda p: count(scores, lambda x, _: x >= p), topk, low, beyond, enough)
@@ -260,7 +261,7 @@ def _score(
         pl.when(s + 2 < segments)(lambda: stream.start(s + 2))
 
         def group(g: jax.Array, _: Any) -> None:
-            top = jnp.full((Q, LANES), HIDDEN, jnp.int32)
+            top = jnp.full((Q, LANES), LOWEST, jnp.int32)
             for i in range(GROUP):
                 bit = g * GROUP + i
                 keys = turned[pl.ds(bit, LANES, stride=PITCH), :].astype(q.dtype)
@@ -276,7 +277,7 @@ def _score(
                 total = gates[0] * jnp.maximum(products[:Q], 0.0)
                 for j in range(1, J):
                     total += gates[j] * jnp.maximum(products[j * Q : (j + 1) * Q], 0.0)
-                key = jnp.where(s * SEGMENT + lane_key + bit <= last, sort_key(total), HIDDEN)
+                key = jnp.where(s * SEGMENT + lane_key + bit <= last, sort_key(total), LOWEST)
                 scores[s, bit] = key
                 top = jnp.maximum(top, key)
             tops[s, g] = top

@@ -37,7 +37,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.index_select import tpu_stream
-from kernels_pallas.index_select.tpu_search import HIDDEN, cut, search, sort_key
+from kernels_pallas.index_select.sort_keys import LOWEST, sort_key
+from kernels_pallas.index_select.tpu_search import cut, search
 from kernels_pallas.index_select.tpu_stream import LANES, Stream
 
 SUBLANES = 8
@@ -162,11 +163,11 @@ def _row(
 
 
 def _score(last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, products: Any, pitch: int) -> None:
-    """Sort keys of keys 0..last; HIDDEN behind, to the end of the last block."""
+    """Sort keys of keys 0..last; LOWEST behind, to the end of the last block."""
     slots, width = stream.slots[0].shape[0], stream.slots[0].shape[-1]
     rows, tiles = width // LANES, lax.div(last, width) + 1
     last_block = pl.multiple_of(lax.div(last, BLOCK) * LANES, LANES)
-    scores[pl.ds(last_block, LANES), :] = jnp.full((LANES, LANES), HIDDEN, jnp.int32)
+    scores[pl.ds(last_block, LANES), :] = jnp.full((LANES, LANES), LOWEST, jnp.int32)
     key = _indices(SUBLANES)
 
     def start(t: jax.Array) -> None:
@@ -194,7 +195,7 @@ def _score(last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, p
                 total += weights[j] * jnp.maximum(head, 0.0)
             first = pl.multiple_of(t * rows + r, SUBLANES)
             visible = key <= last - first * LANES
-            scores[pl.ds(first, SUBLANES), :] = jnp.where(visible, sort_key(total), HIDDEN)
+            scores[pl.ds(first, SUBLANES), :] = jnp.where(visible, sort_key(total), LOWEST)
 
     for t in range(slots - 1):
         start(jnp.int32(t))
@@ -224,9 +225,9 @@ def _threshold(scores: Any, blocks: jax.Array, topk: int, capacity: int) -> tupl
         block = scores[pl.ds(pl.multiple_of(i * LANES, LANES), LANES), :]
         return jnp.maximum(largest, jnp.max(block.reshape(tall), axis=0))
 
-    largest = lax.fori_loop(0, blocks, largest_of, jnp.full(tall[1:], HIDDEN, jnp.int32))
+    largest = lax.fori_loop(0, blocks, largest_of, jnp.full(tall[1:], LOWEST, jnp.int32))
     largest = jnp.max(largest, keepdims=True)
-    low, enough = jnp.full((1, 1), HIDDEN + 1, jnp.int32), jnp.full((1, 1), True)
+    low, enough = jnp.full((1, 1), LOWEST + 1, jnp.int32), jnp.full((1, 1), True)
     threshold, reach, above = search(lambda p: count(lambda x, _: x >= p), topk, low, largest + 1, enough)
 
     def below(index: jax.Array) -> jax.Array:

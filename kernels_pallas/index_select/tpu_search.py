@@ -13,19 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-HIDDEN = -(2**31)
-"""Sort key of what the query does not see; below that of every score."""
-MOST = 2**31 - 1
 HALVE_EVERY = 5
 
 Count = Callable[[jax.Array], jax.Array]
 """Pivots [Q, 1] int32 → how many keys of each row are at least the row's pivot, [Q, 1] int32."""
-
-
-def sort_key(scores: jax.Array) -> jax.Array:
-    """int32 of the same order as float32; both zeros map to the same value."""
-    bits = lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-    return jnp.where(bits < 0, bits ^ MOST, bits)
 
 
 def any_row(rows: jax.Array) -> jax.Array:

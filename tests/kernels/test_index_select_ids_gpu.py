@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.index_select import gpu_ids, gpu_search, reference
+from kernels_pallas.index_select import gpu_ids, gpu_search, reference, sort_keys
 from kernels_pallas.index_select.gpu_ids import Tuning
 
 LAYERS, LAYER, B, TOPK = 2, 1, 2, 64
@@ -125,7 +125,7 @@ def test_a_guess_changes_no_selection(distribution: str, topk: int) -> None:
     n, origin = 300, 100
     scores = DISTRIBUTIONS[distribution](np.random.default_rng(4), 512).astype(np.float32)
     ids, visible = jnp.arange(512), jnp.arange(512) < n
-    key = jnp.where(visible, gpu_search.sort_key(jnp.asarray(scores)), gpu_search.HIDDEN)
+    key = jnp.where(visible, sort_keys.sort_key(jnp.asarray(scores)), sort_keys.LOWEST)
 
     @jax.jit
     def select() -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import pytest
 import runtime.export
 from benchmarks.published import CONFIG, PACKING_TABLE, PARAMETERS, write_published_config
 from convert.convert import convert
-from keye_jax import KeyeConfig
+from keye_jax import KeyeConfig, sharding
 from keye_jax.params import count_params
 from runtime import buckets, graphs
 from runtime.bundle import Bundle
@@ -141,11 +141,11 @@ def test_the_expert_preset_leaves_attention_whole(tiny: Path) -> None:
 
 def sharding_shapes(exported: Any) -> dict[str, tuple[int, ...]]:
     """Weights by path, and what one device holds of each."""
-    mesh = jax.sharding.AbstractMesh((exported.nr_devices,), ("model",))
+    mesh = sharding.abstract_mesh(exported.nr_devices)
     weights, shardings = graphs.arguments(exported)[0], exported.in_shardings_jax(mesh)
     found = {}
-    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(weights), shardings, strict=False):
-        found[jax.tree_util.keystr(path)] = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+    for (path, leaf), place in zip(jax.tree.leaves_with_path(weights), shardings, strict=False):
+        found[jax.tree_util.keystr(path)] = place.shard_shape(leaf.shape) if place else leaf.shape
     return found
 
 
