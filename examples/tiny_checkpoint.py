@@ -278,8 +278,7 @@ def _tensor_bytes(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: str) 
         yield random_tensor(name, shape, seed).astype(kind).tobytes()
 
 
-# Unlike the published model this one does not think first: random weights would never come to the answer.
-_CHAT_TEMPLATE = """\
+CHAT_TURNS = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% if message.content is string -%}
@@ -294,8 +293,10 @@ _CHAT_TEMPLATE = """\
 {%- endif -%}
 <|im_end|>
 {% endfor -%}
-<|im_start|>assistant
 """
+"""The published template in short: the turns of a conversation, without what opens the answer."""
+# Unlike the published model this one does not think first: random weights would never come to the answer.
+_CHAT_TEMPLATE = CHAT_TURNS + "<|im_start|>assistant\n"
 
 
 def _write_processing_files(folder: Path, config: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from examples.tiny_checkpoint import tensor_shapes, tiny_config, write_tiny_checkpoint
+from examples.tiny_checkpoint import CHAT_TURNS, tensor_shapes, tiny_config, write_tiny_checkpoint
 from examples.train_tiny.vocabulary import write_vocabulary
 from keye_jax.config import KeyeConfig
 from keye_jax.hf_layout import expected_rows
@@ -40,24 +40,9 @@ OVERRIDES: dict[str, Any] = {
     "vocab_size": 512,
 }
 
-# The published model's template in short: it, too, opens the thinking for the model. Jinja drops a line break that ends
-# a template, so the last line is written as a string.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{{ '<|im_start|>assistant\n<think>\n' }}"""
+# Like the published one, it opens the thinking for the model. Jinja drops a line break that ends a template, so the
+# last line is written as a string.
+CHAT_TEMPLATE = CHAT_TURNS + "{{ '<|im_start|>assistant\n<think>\n' }}"
 
 
 def trained_config() -> dict[str, Any]:

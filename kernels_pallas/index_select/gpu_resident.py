@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_score import QUERIES, UNIT, unit_at
-from kernels_pallas.index_select.gpu_threshold import iota, ones, put, steps_of
+from kernels_pallas.index_select.gpu_threshold import clear, iota, ones, put, take_all
 from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, score_of, sort_key
 
 HALF = UNIT // 2
@@ -121,26 +121,16 @@ def _body(
     def select() -> None:
         # Rows that only fill a block up may lie past the end of the sequence.
         seen = jnp.minimum(start[lax.div(row, chunk)] + lax.rem(row, chunk) + 1, capacity)
-        vector = min(16 * lanes, width & -width)
-
-        def clear(i: jax.Array, _: None) -> None:
-            plt.store(bits.at[row, i * vector + iota(vector)], jnp.zeros((vector,), jnp.uint8))
-
-        lax.fori_loop(0, width // vector, clear, None)
+        clear(bits, row, lanes)
         barrier()
-        pl.when(seen <= topk)(partial(take_all, seen))
+        pl.when(seen <= topk)(partial(take, seen))
         pl.when(seen > topk)(partial(find, seen))
 
     def mark(is_left: jax.Array | bool) -> None:
         put(left, r, lane, jnp.broadcast_to(jnp.int32(is_left), lane.shape), lane == 0)
 
-    def take_all(seen: jax.Array) -> None:
-        def step(i: jax.Array, _: None) -> None:
-            unit = i * lanes + lane
-            keys = jnp.clip(seen - unit * UNIT, 0, UNIT)
-            put(bits, row, unit, (lax.shift_left(jnp.ones_like(unit), keys) - 1).astype(jnp.uint8), keys > 0)
-
-        lax.fori_loop(0, steps_of(seen, lanes * UNIT), step, None)
+    def take(seen: jax.Array) -> None:
+        take_all(bits, row, seen, lanes)
         mark(False)
 
     def find(seen: jax.Array) -> None:

@@ -1,4 +1,5 @@
-"""Sort keys, counting searches and compaction in registers, for `gpu_topk`. Pieces of a Triton body."""
+"""What the selections of whole rows share (`gpu_resident`, `gpu_topk`): rows of bits, counting searches. Pieces of
+Triton bodies."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,10 @@ class Tuning:
     spare: int = 32
     """One part in so many more units than k may be gathered, where finding fewer costs more counting."""
 
+    @property
+    def lanes(self) -> int:
+        return 32 * self.warps
+
     def takes(self, topk: int) -> bool:
         """Whether a step's numbers always find room beside the best `topk`, a tile of equal ones among them."""
         return topk + self.slack(topk) + UNITS + self.groups * UNIT <= self.held
@@ -59,6 +64,28 @@ def put(ref: Any, row: jax.Array, column: jax.Array, value: jax.Array, mask: jax
 def steps_of(total: jax.Array, size: int) -> jax.Array:
     """How many pieces of `size` cover `total`."""
     return lax.div(total + (size - 1), size)
+
+
+def clear(bits: Any, row: jax.Array, lanes: int) -> None:
+    """Zeroes a row of bits, with `lanes` threads."""
+    width = bits.shape[1]
+    vector = min(16 * lanes, width & -width)
+
+    def step(i: jax.Array, _: None) -> None:
+        plt.store(bits.at[row, i * vector + iota(vector)], jnp.zeros((vector,), jnp.uint8))
+
+    lax.fori_loop(0, width // vector, step, None)
+
+
+def take_all(bits: Any, row: jax.Array, seen: jax.Array, lanes: int) -> None:
+    """Sets the bits of the first `seen` keys of a row, with `lanes` threads."""
+
+    def step(i: jax.Array, _: None) -> None:
+        unit = i * lanes + iota(lanes)
+        keys = jnp.clip(seen - unit * UNIT, 0, UNIT)
+        put(bits, row, unit, (lax.shift_left(jnp.ones_like(unit), keys) - 1).astype(jnp.uint8), keys > 0)
+
+    lax.fori_loop(0, steps_of(seen, lanes * UNIT), step, None)
 
 
 def search(

@@ -47,12 +47,14 @@ from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, UNITS, un
 from kernels_pallas.index_select.gpu_threshold import (
     MINUS_INFINITY,
     Tuning,
+    clear,
     guess,
     iota,
     ones,
     put,
     search,
     steps_of,
+    take_all,
 )
 from kernels_pallas.index_select.sort_keys import LOWEST, score_of, sort_key
 
@@ -149,14 +151,9 @@ def _body(
     def select() -> None:
         # Rows that only fill a block up may lie past the end of the sequence.
         seen = jnp.minimum(start[lax.div(row, chunk)] + lax.rem(row, chunk) + 1, width * UNIT)
-        vector = min(16 * 32 * tuning.warps, width & -width)
-
-        def clear(i: jax.Array, _: None) -> None:
-            plt.store(bits.at[row, i * vector + iota(vector)], jnp.zeros((vector,), jnp.uint8))
-
-        lax.fori_loop(0, width // vector, clear, None)
+        clear(bits, row, tuning.lanes)
         barrier()
-        pl.when(seen <= topk)(partial(_all, bits, row, seen, tuning))
+        pl.when(seen <= topk)(partial(take_all, bits, row, seen, tuning.lanes))
         pl.when(seen > topk)(_Row(scores, maxima, bits, Scratch(*scratch), r, row, seen, topk, tuning, barrier).select)
 
     def barrier() -> None:
@@ -164,19 +161,6 @@ def _body(
             plt.debug_barrier()
 
     pl.when((row < rows) & (wanted[r] != 0))(select)
-
-
-def _all(bits: Any, row: jax.Array, seen: jax.Array, tuning: Tuning) -> None:
-    """Everything visible."""
-    lanes = 32 * tuning.warps
-
-    def step(i: jax.Array, _: None) -> None:
-        unit = i * lanes + iota(lanes)
-        keys = jnp.clip(seen - unit * UNIT, 0, UNIT)
-        byte = lax.shift_left(jnp.ones_like(unit), keys) - 1
-        put(bits, row, unit, byte.astype(jnp.uint8), keys > 0)
-
-    lax.fori_loop(0, steps_of(seen, lanes * UNIT), step, None)
 
 
 class _Row:
