@@ -65,6 +65,26 @@ def attend_ids(
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_ids`."""
+    return _attend(q, kv, layer, ids, q.dtype, tuning, interpret)[0]
+
+
+def attend_ids_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    ids: jax.Array,
+    *,
+    tuning: Tuning = Tuning(),
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.sparse_attention.attend_ids_lse`."""
+    return _attend(q, kv, layer, ids, jnp.float32, tuning, interpret)
+
+
+def _attend(
+    q: jax.Array, kv: jax.Array, layer: jax.Array, ids: jax.Array, dtype: Any, tuning: Tuning, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The result in `dtype`, and its log-sum-exp."""
     B, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
     T, splits = min(tuning.tile, pl.cdiv(ids.shape[1], LANES) * LANES), tuning.splits
@@ -91,7 +111,7 @@ def attend_ids(
             ],
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((B, splits, H, K), q.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((B, splits, H, K), dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((B, splits, H, LANES), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), disable_bounds_checks=True),
@@ -99,17 +119,19 @@ def attend_ids(
         name="attend_ids",
     )(layer.reshape(1), q, ids.reshape(B, splits, 1, width), kv.reshape(-1, 2 * G, K))
     if splits == 1:
-        return out[:, 0]
+        return out[:, 0], lse[:, 0, :, 0]
     parts = pl.BlockSpec((None, splits, H, LANES), lambda b: (b, 0, 0, 0))
-    return pl.pallas_call(
+    whole = pl.BlockSpec((None, H, LANES), lambda b: (b, 0, 0))
+    out, lse = pl.pallas_call(
         _merge,
         grid=(B,),
         in_specs=[parts, parts],
-        out_specs=pl.BlockSpec((None, H, K), lambda b: (b, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_specs=(whole, whole),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, LANES), jnp.float32)),
         interpret=interpret,
         name="merge_splits",
     )(out, lse)
+    return out, lse[:, :, 0]
 
 
 def _attend_split(
@@ -182,6 +204,10 @@ def _attend_split(
     lse_ref[...] = jnp.broadcast_to(jnp.where(total == 0, MASKED, maximum * K**-0.5 + jnp.log(total)), lse_ref.shape)
 
 
-def _merge(out_ref: Any, lse_ref: Any, o_ref: Any) -> None:
-    weights = jnp.exp(lse_ref[...] - jnp.max(lse_ref[...], axis=0))
-    o_ref[...] = (jnp.sum(out_ref[...] * weights, axis=0) / jnp.sum(weights, axis=0)).astype(o_ref.dtype)
+def _merge(parts_ref: Any, lses_ref: Any, o_ref: Any, lse_ref: Any) -> None:
+    largest = jnp.max(lses_ref[...], axis=0)
+    weights = jnp.exp(lses_ref[...] - largest)
+    total = jnp.sum(weights, axis=0)
+    o_ref[...] = (jnp.sum(parts_ref[...] * weights, axis=0) / total).astype(o_ref.dtype)
+    # MASKED stays what it is: it is too large for a logarithm to change.
+    lse_ref[...] = largest + jnp.log(total)
