@@ -50,9 +50,18 @@ class DecodeState(TypedDict):
     sampling: Sampling
 
 
-def vision(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: KeyeConfig) -> jax.Array:
-    """See `keye_jax.vision.vision_tokens`."""
-    return vision_tokens(params, patches, grid_thw, config.vision)
+def vision(
+    params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: KeyeConfig, layout: Layout = UNDIVIDED
+) -> jax.Array:
+    """Vision rows; see `keye_jax.vision.vision_tokens`.
+
+    Args:
+        patches, grid_thw: inside `shard_map` this device's share, whole frames with padding of its own behind them.
+
+    Returns:
+        The rows of all shares, one after the other. Gathering them is all that is communicated.
+    """
+    return layout.frames.gather(vision_tokens(params, patches, grid_thw, config.vision), 0)
 
 
 def prefill(

@@ -1,20 +1,44 @@
 """Compiles graphs ahead of time, for the devices here or for a TPU topology that is not, and says what they need."""
 
+import math
+import os
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import InputError
+from runtime.errors import DoesNotFit, InputError
 from runtime.graphs import DONATED, GraphKey
 
 if TYPE_CHECKING:
     from jax.export import Exported
 
-# An operation's name stands between its result's type and its operands; asynchronous ones start once.
+NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "JAX_PLATFORMS": "cpu",
+}
+"""libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips."""
+
+_GIB = 1 << 30
+CHIPS: dict[str, tuple[int, int]] = {
+    "v5e": (1, int(15.75 * _GIB)),
+    "v5p": (1, int(95.74 * _GIB)),
+    "v6e": (1, int(31.25 * _GIB)),
+    "tpu7x": (2, int(94.75 * _GIB)),
+}
+"""Chip → devices that one shows itself as, and bytes that the compiler lets a program have on each: the datasheets' 16,
+95 and 32 GB, and half of 192, less what the system keeps."""
+
+_SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\]")
+_BITS = re.compile(r"(?:pred|[a-z]+?(\d+))")
+_NAME = re.compile(r"%([\w.\-]+)")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+)$")
+# Asynchronous ones start once.
 _COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)(?:-start)?\("
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
+    r"(?:-start)?\("
 )
 
 
@@ -35,12 +59,41 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Collective:
+    """One communication operation in the text of a compiled program."""
+
+    kind: str
+    bytes: int
+    """Of its largest operand or result, on one device."""
+
+
+@dataclass(frozen=True)
 class Compiled:
     """What is known of a program for devices that are not here."""
 
     memory: Memory
-    collectives: Mapping[str, int]
-    """Communication operations in the compiled text by kind; one inside a loop counts once."""
+    collectives: tuple[Collective, ...]
+    """In the compiled text; one inside a loop stands there once."""
+
+
+def split_topology(name: str) -> tuple[str, int]:
+    """A TPU topology such as "v5e:2x4" → its kind of chip and its number of devices.
+
+    Raises:
+        InputError: a name of another form, or chips that are not known here.
+    """
+    chip, _, extents = name.partition(":")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", extents):
+        raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
+    if chip not in CHIPS:
+        raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(CHIPS)}; use --devices N")
+    return chip, CHIPS[chip][0] * math.prod(map(int, extents.split("x")))
+
+
+def without_chips() -> None:
+    """Lets libtpu compile in this process without looking for chips; call it before jax is imported."""
+    os.environ.pop("TPU_LIBRARY_PATH", None)
+    os.environ.update(NO_TPU_HERE)
 
 
 def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> Compiled:
@@ -50,7 +103,8 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
         topology: such as "v5e:2x4".
 
     Raises:
-        InputError: libtpu is missing, the topology has another number of devices, or the program does not fit.
+        DoesNotFit: the program needs more memory than a device has.
+        InputError: libtpu is missing, the topology has another number of devices, or the program does not compile.
     """
     import jax
     import numpy as np
@@ -73,10 +127,10 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
     try:
         compiled = program.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"graph {key.name} does not compile for {topology}: {str(error).splitlines()[0]:.300}"
-        ) from None
-    return Compiled(memory(compiled), dict(Counter(_COLLECTIVE.findall(compiled.as_text() or ""))))
+        reason = str(error).splitlines()[0]
+        kind = DoesNotFit if reason.startswith("RESOURCE_EXHAUSTED") else InputError
+        raise kind(f"graph {key.name} does not compile for {topology}: {reason:.300}") from None
+    return Compiled(memory(compiled), tuple(collectives(compiled.as_text() or "")))
 
 
 def memory(compiled: Any) -> Memory:
@@ -88,3 +142,56 @@ def memory(compiled: Any) -> Memory:
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
     )
+
+
+def collectives(text: str) -> list[Collective]:
+    """The communication in the text of a compiled program, an asynchronous operation once.
+
+    Raises:
+        ValueError: an element type of unknown size.
+    """
+    types: dict[str, str] = {}
+    calls = []
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            name, right = match.groups()
+            types[name], rest = _split_type(right)
+            if operation := _COLLECTIVE.match(rest):
+                calls.append((operation[1], name, rest[operation.end() - 1 :]))
+    found = []
+    for kind, name, rest in calls:
+        # Operands are named; some versions write their types before the names.
+        operands = rest[: _closing(rest)]
+        texts = [types[name], operands, *(types.get(operand, "") for operand in _NAME.findall(operands))]
+        found.append(Collective(kind, max(size for text in texts for size in _sizes(text))))
+    return found
+
+
+def _split_type(right: str) -> tuple[str, str]:
+    """`type operation(...)` → both. Tuples and layouts hold parentheses, and tuples hold spaces."""
+    end = _closing(right) + 1 if right.startswith("(") else right.find(" ")
+    return right[:end], right[end:].lstrip()
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return position
+    return len(text)
+
+
+def _sizes(text: str) -> Iterator[int]:
+    """Bytes of every array type that the text names; 0 for none."""
+    yield 0
+    for element, extents in _SHAPE.findall(text):
+        if element == "token":
+            continue
+        bits = _BITS.match(element)
+        if bits is None:
+            raise ValueError(f"element type {element} of unknown size")
+        # Dimensions of a bounded size are written <=n.
+        count = math.prod(int(extent.lstrip("<=")) for extent in extents.split(",") if extent)
+        yield -(-count * int(bits[1] or 8) // 8)

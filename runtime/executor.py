@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from runtime import buckets
 from runtime.errors import GenerationError, InputError
+from runtime.patches import packed
 from runtime.processor import Prompt
 from runtime.programs import Program, Programs
 from runtime.sampling import SamplingOptions
@@ -154,19 +156,20 @@ class Executor:
         area = self._facts.merge_size**2
         parts: list[np.ndarray] = []
         done = 0
+        devices = self.programs.mesh.size
         most = buckets.batch_patches(self.programs.platform, self.programs.plain)
-        for patches, grid in prompt.patch_batches(most):
-            count = len(patches)
-            size = buckets.patches(count)
+        batches = prompt.patch_batches(buckets.share(pads * area, devices, most))
+        while shares := list(islice(batches, devices)):
+            size = buckets.patches(max(len(patches) for patches, _ in shares))
             program = self._timed(timings, self.programs.vision, size)
             begin = time.perf_counter()
-            padded = np.zeros((size, *patches.shape[1:]), np.float32)
-            padded[:count] = patches
-            grids = np.zeros((size // area, 3), np.int32)
-            grids[: len(grid)] = grid
-            tokens = count // area
-            parts.append(np.asarray(program(self._vision, padded, grids))[:tokens])
-            done += tokens
+            # Of several processes each hands out what its own devices take.
+            inputs = zip(packed(shares, devices, size, area), program.shardings[1:], strict=True)
+            placed = [jax.make_array_from_callback(array.shape, to, array.__getitem__) for array, to in inputs]
+            rows = np.asarray(program(self._vision, *placed))
+            for share, (patches, _) in zip(np.split(rows, devices), shares, strict=False):
+                parts.append(share[: len(patches) // area])
+                done += len(parts[-1])
             timings.vision_s += time.perf_counter() - begin
             self._progress("vision tokens", done, pads)
         return np.concatenate(parts)

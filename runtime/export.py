@@ -1,11 +1,10 @@
 """`python -m runtime.export`: traces a bundle's programs into graphs for a platform, on any host."""
 
 import argparse
-import math
-import re
 import sys
 from collections.abc import Sequence
 
+from runtime.aot import split_topology
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
 
@@ -20,8 +19,6 @@ those that its manifest lists.
 """
 
 _MAX_BATCH, _MAX_DEVICES = 4096, 65536
-# Each v7x chip shows itself as two devices.
-_DEVICES_OF_CHIP = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
-    devices = args.devices or 1 if args.topology is None else topology_devices(args.topology)
+    devices = args.devices or 1 if args.topology is None else split_topology(args.topology)[1]
     limit = longest if args.context is None else buckets.context(args.context, longest, devices)
 
     from runtime.trace import Tracer
@@ -106,20 +103,6 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{key.name}: {entry.bytes:,} bytes, {kernels}")
     print(f"{len(keys)} graphs for {devices} x {args.platform} in {bundle.path}")
     return 0
-
-
-def topology_devices(name: str) -> int:
-    """Devices of a TPU topology such as "v5e:2x4".
-
-    Raises:
-        InputError: a name of another form, or chips that are not known here.
-    """
-    chip, _, extents = name.partition(":")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", extents):
-        raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
-    if chip not in _DEVICES_OF_CHIP:
-        raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(_DEVICES_OF_CHIP)}; use --devices N")
-    return _DEVICES_OF_CHIP[chip] * math.prod(map(int, extents.split("x")))
 
 
 if __name__ == "__main__":

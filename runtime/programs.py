@@ -83,7 +83,8 @@ class Programs:
         self._tracer: Any = None
 
     def vision(self, patches: int) -> Program:
-        """params, patches [N, 3, P, P] float32, grid [N // merge ** 2, 3] int32 → rows [N // merge ** 2, D]."""
+        """params, patches [n * N, 3, P, P] float32, grid [n * N // merge ** 2, 3] int32 → rows [n * N // merge ** 2,
+        D]; N patches on each of n devices."""
         return self._get("vision", patches)
 
     def prefill(self, batch: int, chunk: int, context: int) -> Program:

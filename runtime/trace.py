@@ -50,7 +50,7 @@ class Tracer:
 
     def export(self, key: GraphKey) -> export.Exported:
         """The graph that `key` names: weights sharded over its devices by rule, everything else replicated."""
-        function, names, rest = getattr(self, f"_{key.program}")(*key.shape)
+        function, names, rest = getattr(self, f"_{key.program}")(key)
         params: Any = {name: self._params[name] for name in names}
         if names == ("text",):
             params = params["text"]
@@ -65,25 +65,26 @@ class Tracer:
 
     def _spread(self, program: Any, names: tuple[str, ...], rest: tuple[Any, ...], key: GraphKey) -> tuple[Any, Any]:
         """The program over the devices of `key`, and its arguments' shardings: weights and cache as the preset says,
-        everything else on every device."""
+        patches by shares of frames, everything else on every device."""
         whole, mesh = sharding.WHOLE, _mesh(key)
+        program = partial(program, layout=sharding.layout(key.preset, key.devices))
         weights: Any = sharding.param_partitions(self._config, key.preset, key.devices)
         if names == ("text",):
             slots = sharding.cache_partitions(rest[0], key.preset)
-            program = partial(program, layout=sharding.layout(key.preset, key.devices))
             partitions, results = (weights["text"], slots, *[whole] * (len(rest) - 1)), (slots, *[whole] * _CARRIED)
             results = results[: 2 if key.program == "prefill" else None]
         else:
-            partitions, results = ({name: weights[name] for name in names}, *[whole] * len(rest)), whole
+            partitions, results = ({name: weights[name] for name in names}, *[sharding.FRAMES] * len(rest)), whole
         return sharding.spread(program, mesh, partitions, results), sharding.shardings(partitions, mesh)
 
-    def _vision(self, patches: int) -> Any:
-        v = self._config.vision
+    def _vision(self, key: GraphKey) -> Any:
+        v, patches = self._config.vision, key.devices * key.shape[0]
         pixels = _array((patches, v.num_channels, v.patch_size, v.patch_size), jnp.float32)
         grid = _array((patches // v.spatial_merge_size**2, 3), jnp.int32)
         return graphs.vision, ("vision", "projector"), (pixels, grid)
 
-    def _prefill(self, batch: int, chunk: int, context: int) -> Any:
+    def _prefill(self, key: GraphKey) -> Any:
+        batch, chunk, context = key.shape
         inputs = {
             "tokens": _array((batch, chunk), jnp.int32),
             "positions": _array((3, batch, chunk), jnp.int32),
@@ -93,7 +94,8 @@ class Tracer:
         }
         return graphs.prefill, ("text",), (*self._carried(batch, context), inputs)
 
-    def _decode(self, batch: int, context: int) -> Any:
+    def _decode(self, key: GraphKey) -> Any:
+        batch, context = key.shape
         state = {
             "delta": _array((batch,), jnp.int32),
             "done": _array((batch,), jnp.bool_),
