@@ -172,8 +172,7 @@ def moe_step(
     m, weights, experts = ops.norm_route(h, norm, router, layer, k, renormalise, eps)
     own, mine = owned(experts, down.shape[1], axis)
     own = jnp.where(mine, own, -1)
-    hidden = ops.expert_swiglu(m, gate_up, layer, own)
-    part = ops.expert_down(hidden, down, layer, own, weights, jnp.zeros(h.shape, jnp.float32))
+    part = ops.experts_add(m, gate_up, down, layer, own, weights, jnp.zeros(h.shape, jnp.float32))
     return h + axis.sum(part).astype(h.dtype)
 
 

@@ -5,7 +5,7 @@ from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
 from kernels_pallas.fused_linear import fused_linear, gelu_mlp
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, spread_rows
-from kernels_pallas.grouped_matmul.decode import expert_down, expert_swiglu, moe_step, norm_route
+from kernels_pallas.grouped_matmul.decode import experts_add, moe_step, norm_route
 from kernels_pallas.index_select import scores_at, select_bits, select_ids
 from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
@@ -28,8 +28,7 @@ __all__ = [
     "choose_experts",
     "decode_inputs",
     "einsum_f32",
-    "expert_down",
-    "expert_swiglu",
+    "experts_add",
     "fused_linear",
     "gelu_mlp",
     "grouped_matmul",

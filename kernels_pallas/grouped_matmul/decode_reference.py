@@ -42,6 +42,19 @@ def expert_down(
     return residual + jnp.sum(rows, axis=1, dtype=jnp.float32).astype(residual.dtype)
 
 
+def experts_add(
+    m: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    residual: jax.Array,
+) -> jax.Array:
+    """See `kernels_pallas.grouped_matmul.experts_add`."""
+    return expert_down(expert_swiglu(m, gate_up, layer, experts), down, layer, experts, weights, residual)
+
+
 def moe_step(
     h: jax.Array,
     norm: jax.Array,
@@ -56,7 +69,7 @@ def moe_step(
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.moe_step`."""
     m, weights, experts = norm_route(h, norm, router, layer, k=k, renormalise=renormalise, eps=eps)
-    return expert_down(expert_swiglu(m, gate_up, layer, experts), down, layer, experts, weights, h)
+    return experts_add(m, gate_up, down, layer, experts, weights, h)
 
 
 def _by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

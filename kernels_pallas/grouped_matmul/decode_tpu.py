@@ -2,12 +2,14 @@
 
 out[m] = h[m] + sum over the experts e of row m of weight[m, e] * (silu(gate_e) * up_e) @ down_e.
 
-Schedule. A first call norms the rows, chooses experts and lists the distinct ones. The grid walks that list; per expert
-it walks tiles of F: columns of gate and of up, rows of down, fetched from the stacks by prefetched (layer, expert)
-while the tiles before are multiplied. Every step multiplies all rows: up to 128 of them cost the matrix unit little
-more than one, because loading the weights is what takes time there, so rows that share an expert need no sorting and no
-gathers, and no expert is read twice. Rows that did not choose an expert drop its result. Two halves of the list, every
-other expert, go to the two cores of a v5p; each leaves a float32 sum, and XLA adds both to the residual.
+Schedule. A first call norms the rows, chooses experts and lists the distinct ones, or lists those that somebody else
+has chosen, as where a device has a part of the experts: -1, another device's, is not listed. The grid walks that list;
+per expert it walks tiles of F: columns of gate and of up, rows of down, fetched from the stacks by prefetched (layer,
+expert) while the tiles before are multiplied. Every step multiplies all rows: up to 128 of them cost the matrix unit
+little more than one, because loading the weights is what takes time there, so rows that share an expert need no sorting
+and no gathers, and no expert is read twice. Rows that did not choose an expert drop its result. Two halves of the list,
+every other expert, go to the two cores of a v5p; each leaves a float32 sum, and XLA adds both to the residual. A device
+that has none of the chosen experts reads one tile, which the pipeline asks for before anybody knows.
 
 Cost at the published sizes: 9.44 MB per distinct expert. One row, 8 experts, 75.5 MB a layer: 92 us (v5e), 46 (v6e),
 27 (v5p), 20 (tpu7x) at datasheet rates; 64 rows, 128 experts, 1.21 GB: 1.47, 0.74, 0.44 and 0.33 ms. The compiler
@@ -28,7 +30,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from kernels_pallas.common import einsum_f32
-from kernels_pallas.grouped_matmul.decode_tpu_router import LISTS, route
+from kernels_pallas.grouped_matmul.decode_tpu_router import LISTS, MAX_EXPERTS, MAX_ROWS, arrange, route
 
 LANES = 128
 MAX_ROW_BYTES = 2**14
@@ -43,12 +45,15 @@ class Tuning:
 
 
 def supports(h: jax.Array, gate_up: jax.Array, down: jax.Array) -> bool:
-    """Whether the kernel takes rows h [M, D] that the router takes, and these stacks of expert matrices."""
-    _, _, F, D = down.shape
+    """Whether the kernel takes rows h [M, D] and these stacks of expert matrices."""
+    _, E, F, D = down.shape
     return (
-        h.dtype == gate_up.dtype == down.dtype
+        0 < h.shape[0] <= MAX_ROWS
+        and h.dtype in (jnp.float32, jnp.bfloat16)
+        and h.dtype == gate_up.dtype == down.dtype
         and D % LANES == 0
         and F % LANES == 0
+        and E <= MAX_EXPERTS
         and D * h.dtype.itemsize <= MAX_ROW_BYTES
     )
 
@@ -68,11 +73,42 @@ def moe_step(
     interpret: Any = False,
 ) -> jax.Array:
     """`decode.moe_step` on a TPU."""
-    M = h.shape[0]
+    routed = route(h, norm, router, layer, k=k, renormalise=renormalise, eps=eps, interpret=interpret)
+    return _add(*routed, gate_up, down, layer, h, tuning, interpret)
+
+
+def experts_add(
+    m: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    residual: jax.Array,
+    *,
+    tuning: Tuning = Tuning(),
+    interpret: Any = False,
+) -> jax.Array:
+    """`decode.experts_add` on a TPU."""
+    arranged = arrange(m, weights, experts, down.shape[1], interpret=interpret)
+    return _add(*arranged, gate_up, down, layer, residual, tuning, interpret)
+
+
+def _add(
+    m: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    listed: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    residual: jax.Array,
+    tuning: Tuning,
+    interpret: Any,
+) -> jax.Array:
+    """The first four as `route` returns them."""
+    M = residual.shape[0]
     _, _, F, D = down.shape
-    m, weights, experts, listed = route(
-        h, norm, router, layer, k=k, renormalise=renormalise, eps=eps, interpret=interpret
-    )
     tile = max(c for c in range(LANES, max(tuning.tile, LANES) + 1, LANES) if F % c == 0)
     tiles = F // tile
 
@@ -95,7 +131,7 @@ def moe_step(
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
     sums = pl.pallas_call(
-        partial(_kernel, dtype=h.dtype),
+        partial(_kernel, dtype=residual.dtype),
         out_shape=jax.ShapeDtypeStruct((LISTS, *m.shape), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -113,12 +149,12 @@ def moe_step(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=8 * 2**20 + 8 * tile * D * h.dtype.itemsize,
+            vmem_limit_bytes=8 * 2**20 + 8 * tile * D * m.dtype.itemsize,
         ),
         interpret=interpret,
-        name="moe_step",
+        name="experts_add",
     )(jnp.asarray(layer, jnp.int32).reshape(1), listed, m, experts, weights, gate_up, gate_up, down)
-    return h + (sums[0, :M] + sums[1, :M]).astype(h.dtype)
+    return residual + (sums[0, :M] + sums[1, :M]).astype(residual.dtype)
 
 
 def _kernel(
@@ -144,8 +180,8 @@ def _kernel(
 
     @pl.when(slot < listed[1, 0])
     def _() -> None:
-        g, u = (einsum_f32("md,df->mf", m[...], w[...]).astype(dtype).astype(jnp.float32) for w in (gate, up))
-        hidden = (jax.nn.silu(g) * u).astype(dtype)
+        g, u = (einsum_f32("md,df->mf", m[...], w[...]).astype(m.dtype).astype(jnp.float32) for w in (gate, up))
+        hidden = (jax.nn.silu(g) * u).astype(m.dtype)
         # The first tile overwrites what the expert before has left.
         before = jnp.where(t == 0, 0.0, product[...])
         product[...] = before + einsum_f32("mf,fd->md", hidden, down[...])
