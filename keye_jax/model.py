@@ -36,7 +36,7 @@ class KeyeVL(nnx.Module):
         """Wraps weights shaped as `param_specs(config, weights)`.
 
         Raises:
-            ValueError: a weight is missing, extra or misshapen.
+            ValueError: a weight is missing, extra, misshapen, or has another dtype where that is declared.
         """
         given, declared = dict(flatten(params)), dict(flatten(param_specs(config, weights)))
         if given.keys() != declared.keys():
@@ -45,6 +45,8 @@ class KeyeVL(nnx.Module):
         for path, spec in declared.items():
             if given[path].shape != spec.shape:
                 raise ValueError(f"params: {'/'.join(path)} is {given[path].shape}, declared {spec.shape}")
+            if spec.dtype is not None and given[path].dtype != spec.dtype:
+                raise ValueError(f"params: {'/'.join(path)} is {given[path].dtype}, declared {jnp.dtype(spec.dtype)}")
         self.config = config
         self.params = nnx.data(unflatten({path: nnx.Param(array) for path, array in given.items()}))
 
