@@ -1,5 +1,6 @@
 """The mixture of experts of a decode step: few rows, so that time is bytes of weights, each read straight from the
-stacks of all layers. `moe_step` is a layer; the others are its parts."""
+stacks of all layers. `moe_step` is a layer; the others are its parts. Experts that are stored with 8 bits have scales
+[L, E, 2F] and [L, E, D]."""
 
 from functools import partial
 
@@ -13,14 +14,15 @@ from kernels_pallas.grouped_matmul import decode_gpu_row as gpu_row
 from kernels_pallas.grouped_matmul import decode_reference as reference
 from kernels_pallas.grouped_matmul import decode_tpu as tpu
 from kernels_pallas.grouped_matmul import decode_tpu_router as tpu_router
+from kernels_pallas.quantized import Weights, check_scale
 
 
 def moe_step(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array | int,
     k: int,
     renormalise: bool,
@@ -89,8 +91,8 @@ def norm_route(
 
 def experts_add(
     m: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array | int,
     experts: jax.Array,
     weights: jax.Array,
@@ -127,7 +129,7 @@ def experts_add(
     )
 
 
-def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, experts: jax.Array) -> jax.Array:
+def expert_swiglu(m: jax.Array, gate_up: Weights, layer: jax.Array | int, experts: jax.Array) -> jax.Array:
     """silu(gate) * up of every row with each of its experts.
 
     Args:
@@ -145,6 +147,7 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, expe
     """
     if m.ndim != 2 or gate_up.ndim != 4 or gate_up.shape[2] != m.shape[1] or gate_up.shape[3] % 2:
         raise ValueError(f"m {m.shape} and gate_up {gate_up.shape} do not fit")
+    check_scale(gate_up, 2)
     _check_experts(experts, m.shape[0])
     cuda = gpu.expert_swiglu if gpu.supports(m, gate_up) else None
     return dispatch(reference.expert_swiglu, m, gate_up, jnp.asarray(layer, jnp.int32), experts, cuda=cuda)
@@ -152,7 +155,7 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array | int, expe
 
 def expert_down(
     hidden: jax.Array,
-    down: jax.Array,
+    down: Weights,
     layer: jax.Array | int,
     experts: jax.Array,
     weights: jax.Array,
@@ -179,6 +182,7 @@ def expert_down(
         raise ValueError(
             f"hidden {hidden.shape}, down {down.shape}, weights {weights.shape}, residual {residual.shape} do not fit"
         )
+    check_scale(down, 2)
     _check_experts(experts, M)
     cuda = gpu.expert_down if gpu.supports(hidden, down) else None
     return dispatch(
@@ -193,12 +197,14 @@ def _check_router(h: jax.Array, norm: jax.Array, router: jax.Array, k: int) -> N
         raise ValueError(f"k={k} must be between 1 and the number of experts, {router.shape[2]}")
 
 
-def _check_stacks(m: jax.Array, gate_up: jax.Array, down: jax.Array) -> None:
+def _check_stacks(m: jax.Array, gate_up: Weights, down: Weights) -> None:
     if m.ndim != 2 or down.ndim != 4:
         raise ValueError(f"m {m.shape} and down {down.shape} do not fit")
     L, E, F, D = down.shape
     if m.shape[1] != D or gate_up.shape != (L, E, D, 2 * F):
         raise ValueError(f"m {m.shape}, gate_up {gate_up.shape} and down {down.shape} do not fit")
+    check_scale(gate_up, 2)
+    check_scale(down, 2)
 
 
 def _check_experts(experts: jax.Array, rows: int) -> None:

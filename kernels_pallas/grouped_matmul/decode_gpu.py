@@ -35,9 +35,10 @@ from kernels_pallas.grouped_matmul.decode_gpu_tiles import (
     power_of_two,
     tile_size,
 )
+from kernels_pallas.quantized import Weights
 
 
-def supports(x: jax.Array, *weights: jax.Array) -> bool:
+def supports(x: jax.Array, *weights: Weights) -> bool:
     """Whether the kernels take rows x [M, ...] and stacks of expert matrices [L, E, rows, columns]."""
     return (
         x.shape[0] <= MAX_ROWS

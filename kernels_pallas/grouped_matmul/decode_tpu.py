@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import einsum_f32
 from kernels_pallas.grouped_matmul.decode_tpu_router import LISTS, MAX_EXPERTS, MAX_ROWS, arrange, route
+from kernels_pallas.quantized import Weights
 
 LANES = 128
 MAX_ROW_BYTES = 2**14
@@ -44,7 +45,7 @@ class Tuning:
     tile: int = 384
 
 
-def supports(h: jax.Array, gate_up: jax.Array, down: jax.Array) -> bool:
+def supports(h: jax.Array, gate_up: Weights, down: Weights) -> bool:
     """Whether the kernel takes rows h [M, D] and these stacks of expert matrices."""
     _, E, F, D = down.shape
     return (

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import einsum_f32
+from kernels_pallas.quantized import Weights
 
 LANES = 128
 SLOTS = 2
@@ -49,7 +50,7 @@ class Tuning:
     buffer: int = 4 * 2**20
 
 
-def supports(x: jax.Array, w: jax.Array, halves: int) -> bool:
+def supports(x: jax.Array, w: Weights, halves: int) -> bool:
     """Whether the kernel takes these shapes and dtypes; `halves` is 2 for the fused SwiGLU."""
     D, F = w.shape[2:]
     return (
