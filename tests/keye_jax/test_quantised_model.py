@@ -40,7 +40,13 @@ def widened(model: KeyeVL) -> dict[Path, Any]:
     return wide
 
 
+def logits(model: KeyeVL, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """[T, V] of text: ids [T], positions [3, T]."""
+    return np.asarray(model(jnp.asarray(ids)[None], jnp.asarray(positions)[:, None]))[0]
+
+
 def logits_of(model: KeyeVL, batch: dict[str, Any]) -> np.ndarray:
+    """[B, T, V] of all golden prompts."""
     return np.asarray(model(batch["tokens"], batch["positions"], batch["vision_rows"][batch["is_vision"]]))
 
 
@@ -110,18 +116,18 @@ def test_logits_move_no_more_than_half_a_step_in_every_weight_moves_them(
             tree[path] = jnp.asarray(array + rng.choice([-0.5, 0.5], array.shape) * step, jnp.float32)
         return KeyeVL(model.config, unflatten(tree))
 
-    ids, positions = golden["text_short/input_ids"][None], golden["text_short/position_ids"][:, None]
-    exact = np.asarray(KeyeVL(model.config, golden_params)(ids, positions))
+    ids, positions = golden["text_short/input_ids"], golden["text_short/position_ids"]
+    exact = logits(KeyeVL(model.config, golden_params), ids, positions)
 
     def distance(other: KeyeVL) -> float:
-        return float(np.sqrt(np.mean((np.asarray(other(ids, positions)) - exact) ** 2)))
+        return float(np.sqrt(np.mean((logits(other, ids, positions) - exact) ** 2)))
 
     found, bound = distance(model), min(distance(moved()) for _ in range(4))
     assert 0 < found < bound
 
 
 @pytest.fixture(scope="module")
-def answered(models: dict[str, KeyeVL], golden_batch: dict[str, Any]) -> dict[str, Any]:
+def answered(models: dict[str, KeyeVL], golden_batch: dict[str, Any]) -> tuple[Any, Any]:
     """What the int8 model answers on one device."""
     model = models["int8"]
     return answer(model.config, "single", 1, model.arrays()["text"], golden_batch, "int8")
@@ -134,23 +140,22 @@ def test_decoding_gives_the_tokens_that_the_whole_forward_pass_finds_best(
     new = [token for token in answered[0][CASES.index("text_long")].tolist() if token >= 0]
     assert len(new) == 8
     ids, positions = golden["text_long/input_ids"], golden["text_long/position_ids"]
-    ids = np.concatenate([ids, new])[None]
+    ids = np.concatenate([ids, new])
     rest = positions.max() + 1 + np.arange(len(new))
-    positions = np.concatenate([positions, np.tile(rest, (3, 1))], axis=1)[:, None]
-    logits = np.asarray(models["int8"](ids, positions))[0]
-    assert logits[-len(new) - 1 : -1].argmax(-1).tolist() == new
+    positions = np.concatenate([positions, np.tile(rest, (3, 1))], axis=1)
+    found = logits(models["int8"], ids, positions)
+    assert found[-len(new) - 1 : -1].argmax(-1).tolist() == new
 
 
-@pytest.mark.parametrize(("preset", "devices"), [("context", 2), ("expert", 8)])
 def test_several_devices_answer_what_one_does(
-    models: dict[str, KeyeVL], golden_batch: dict[str, Any], answered: Any, preset: str, devices: int
+    models: dict[str, KeyeVL], golden_batch: dict[str, Any], answered: Any
 ) -> None:
     """Prefill in chunks and decoding, with experts, heads and vocabulary spread."""
     model = models["int8"]
-    tokens, logits = answer(model.config, preset, devices, model.arrays()["text"], golden_batch, "int8")
+    tokens, last = answer(model.config, "context", 2, model.arrays()["text"], golden_batch, "int8")
     np.testing.assert_array_equal(tokens, answered[0])
     # Sums over devices round in another order.
-    np.testing.assert_allclose(logits, answered[1], atol=1e-5 * np.abs(answered[1]).max())
+    np.testing.assert_allclose(last, answered[1], atol=1e-5 * np.abs(answered[1]).max())
 
 
 def test_weights_of_another_format_are_refused(golden_params: dict[str, Any], models: dict[str, KeyeVL]) -> None:
