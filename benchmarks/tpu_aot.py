@@ -107,7 +107,7 @@ def _compile(model: str, path: Path, topology: str, context: int) -> Iterator[Ro
     from runtime.trace import Tracer
 
     bundle = Bundle.open(path)
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format)
     shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
     shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:

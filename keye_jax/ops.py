@@ -11,12 +11,14 @@ from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
 from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
+from kernels_pallas.quantized import Quantized, scaled, values_of
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
 
 __all__ = [
     "Caches",
+    "Quantized",
     "Tables",
     "Weights",
     "attend_bits",
@@ -43,6 +45,7 @@ __all__ = [
     "rotate",
     "round_e4m3",
     "runs_kernels",
+    "scaled",
     "scatter_slots",
     "scores_at",
     "segment_attention",
@@ -50,5 +53,6 @@ __all__ = [
     "select_ids",
     "sortable",
     "spread_rows",
+    "values_of",
     "write_slots",
 ]
