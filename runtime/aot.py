@@ -57,6 +57,10 @@ class Memory:
     def total(self) -> int:
         return self.arguments + self.results - self.aliased + self.temporaries
 
+    def beside(self, held: int) -> int:
+        """What the program takes beside `held` bytes of its arguments: weights and cache, which are there anyway."""
+        return max(0, self.total - held)
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -131,6 +135,21 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
         kind = DoesNotFit if reason.startswith("RESOURCE_EXHAUSTED") else InputError
         raise kind(f"graph {key.name} does not compile for {topology}: {reason:.300}") from None
     return Compiled(memory(compiled), tuple(collectives(compiled.as_text() or "")))
+
+
+def argument_bytes(exported: "Exported") -> tuple[int, ...]:
+    """Bytes of each of a graph's arguments on one device, by the shardings in the graph. Needs no device."""
+    import jax
+    from jax.sharding import AbstractMesh
+
+    mesh = AbstractMesh((exported.nr_devices,), ("model",))
+    places = exported.in_shardings_jax(mesh)
+    sizes = [
+        math.prod(place.shard_shape(aval.shape) if place else aval.shape) * aval.dtype.itemsize
+        for aval, place in zip(exported.in_avals, places, strict=True)
+    ]
+    args, _ = jax.tree.unflatten(exported.in_tree, sizes)
+    return tuple(sum(jax.tree.leaves(arg)) for arg in args)
 
 
 def memory(compiled: Any) -> Memory:

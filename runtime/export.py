@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from runtime.aot import split_topology
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
+from runtime.remote import is_address
 
 _EXAMPLES = """examples:
   python -m runtime.export BUNDLE --platform cpu
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`; the graphs go into it")
     parser.add_argument("--platform", required=True, choices=("cuda", "tpu", "cpu"))
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--topology", metavar="NAME", help="TPU chips to shard over, such as v5e:2x4")
@@ -67,6 +68,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--topology names TPU chips; use --devices for --platform {args.platform}")
     if args.plain and args.platform != "cuda":
         raise InputError(f"--plain leaves GPU kernels out; graphs for --platform {args.platform} have none")
+    if is_address(args.bundle):
+        raise InputError(f"{args.bundle} is an address; export into the bundle's folder and copy that there again")
     bundle = Bundle.open(args.bundle)
     settings = ProcessorSettings.from_dict(bundle.processor_settings)
     longest = buckets.contexts(buckets.context_limit(settings.max_position_embeddings))[-1]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from runtime import buckets, graphs
 from runtime.aot import Memory, memory
 from runtime.bundle import Bundle
-from runtime.errors import InputError
+from runtime.errors import DoesNotFit, InputError
 from runtime.graphs import DONATED, PRESETS, SINGLE, GraphKey
 
 HOPPER = "9.0"
@@ -172,7 +172,8 @@ class Programs:
             compiled = program.lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0][:300]
-            raise InputError(f"graph {key.name} does not compile here ({reason}); {mend}") from None
+            kind = DoesNotFit if reason.startswith("RESOURCE_EXHAUSTED") else InputError
+            raise kind(f"graph {key.name} does not compile here ({reason}); {mend}") from None
         return Program(key, args, compiled, memory(compiled), kernels, places)
 
 

@@ -47,8 +47,7 @@ def test_vision_rows_of_several_devices_are_in_the_order_of_the_prompt(
         prompt: Any = golden_prompt(golden, case)
         expected = golden_engine.executor()._encode(prompt, Timings())
         rows = spread._encode(prompt, Timings())
-        if expected is None:
-            assert rows is None, case
-        else:
+        assert (rows is None) == (expected is None), case
+        if rows is not None and expected is not None:
             # Another place in a pack rounds sums in another order, on one device as well.
             np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-6 * np.abs(expected).max(), err_msg=case)

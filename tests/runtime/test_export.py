@@ -220,6 +220,12 @@ def test_an_interrupted_export_keeps_the_graphs_it_has_made(tiny: Path, monkeypa
     assert {key.program for key in Bundle.open(tiny).graphs} == {"vision", "prefill"}
 
 
+def test_graphs_are_not_exported_into_an_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is fetched or traced."""
+    assert main(["gs://bucket/bundle", "--platform", "cpu"]) == 2
+    assert "error: gs://bucket/bundle is an address; export into the bundle's folder" in capsys.readouterr().err
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runtime.export.main([str(tmp_path), "--platform", "cpu"]) == 2
     assert "holds no manifest.json" in capsys.readouterr().err
