@@ -103,7 +103,7 @@ def _compile(model: str, path: Path, topology: str, context: int) -> Iterator[Ro
     from runtime import aot, graphs
     from runtime.bundle import Bundle
     from runtime.errors import InputError
-    from runtime.export import topology_devices
+    from runtime.export import topology_chip, topology_devices
     from runtime.trace import Tracer
 
     bundle = Bundle.open(path)
@@ -112,7 +112,7 @@ def _compile(model: str, path: Path, topology: str, context: int) -> Iterator[Ro
     shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
         key = graphs.GraphKey(program, "tpu", topology_devices(topology), shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key), device_kind=topology)
+        entry = bundle.add_graph(key, tracer.export(key, topology_chip(topology)), device_kind=topology)
         begin = time.perf_counter()
         measured: dict[str, Any]
         try:

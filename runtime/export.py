@@ -5,9 +5,13 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
+
+if TYPE_CHECKING:
+    from jax.sharding import AbstractDevice
 
 _EXAMPLES = """examples:
   python -m runtime.export BUNDLE --platform cpu
@@ -22,6 +26,8 @@ those that its manifest lists.
 _MAX_BATCH, _MAX_DEVICES = 4096, 65536
 # Each v7x chip shows itself as two devices.
 _DEVICES_OF_CHIP = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
+# What JAX calls a device, and its cores.
+_KINDS = {"v5e": ("TPU v5 lite", 1), "v5p": ("TPU v5", 2), "v6e": ("TPU v6 lite", 1), "tpu7x": ("TPU7x", 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from runtime.trace import Tracer
 
+    chip = None if args.topology is None else topology_chip(args.topology)
     if args.preset and devices == 1:
         raise InputError(f"--preset {args.preset} says what several devices share; give --devices or --topology")
     preset = args.preset or PRESETS[0] if devices > 1 else SINGLE
@@ -94,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key)
+        exported = tracer.export(key, chip)
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:
@@ -120,6 +127,14 @@ def topology_devices(name: str) -> int:
     if chip not in _DEVICES_OF_CHIP:
         raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(_DEVICES_OF_CHIP)}; use --devices N")
     return _DEVICES_OF_CHIP[chip] * math.prod(map(int, extents.split("x")))
+
+
+def topology_chip(name: str) -> "AbstractDevice":
+    """The device of a TPU topology that `topology_devices` knows, as JAX describes one."""
+    from jax.sharding import AbstractDevice
+
+    kind, cores = _KINDS[name.partition(":")[0]]
+    return AbstractDevice(kind, num_cores=cores, platform="tpu")
 
 
 if __name__ == "__main__":
