@@ -120,14 +120,14 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
     from runtime.trace import Tracer
 
     bundle = Bundle.open(path)
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format)
+    tracer = Tracer.of(bundle)
     chip, devices = aot.split_topology(topology)
     shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
     for context in contexts:
         shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
         key = graphs.GraphKey(program, "tpu", devices, shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key), device_kind=topology)
+        entry = bundle.add_graph(key, tracer.export(key, aot.device_of(chip)), device_kind=topology)
         exported = graphs.load(path, entry)
         sizes = aot.argument_bytes(exported)
         begin = time.perf_counter()
@@ -151,7 +151,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
             seconds=round(time.perf_counter() - begin, 1),
             weight_bytes=sizes[0],
             cache_bytes=0 if program == "vision" else sizes[1],
-            device_bytes=aot.CHIPS[chip][1],
+            device_bytes=aot.CHIPS[chip].memory,
             **measured,
         )
 

@@ -12,6 +12,7 @@ from runtime.graphs import DONATED, GraphKey
 
 if TYPE_CHECKING:
     from jax.export import Exported
+    from jax.sharding import AbstractDevice
 
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -22,14 +23,29 @@ NO_TPU_HERE = {
 """libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips."""
 
 _GIB = 1 << 30
-CHIPS: dict[str, tuple[int, int]] = {
-    "v5e": (1, int(15.75 * _GIB)),
-    "v5p": (1, int(95.74 * _GIB)),
-    "v6e": (1, int(31.25 * _GIB)),
-    "tpu7x": (2, int(94.75 * _GIB)),
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU chip."""
+
+    kind: str
+    """What JAX calls a device of it."""
+    devices: int
+    """That one chip shows itself as."""
+    cores: int
+    """Of a device."""
+    memory: int
+    """Bytes that the compiler lets a program have on a device."""
+
+
+# The datasheets' 16, 95 and 32 GB, and half of 192, less what the system keeps.
+CHIPS = {
+    "v5e": Chip("TPU v5 lite", 1, 1, int(15.75 * _GIB)),
+    "v5p": Chip("TPU v5", 1, 2, int(95.74 * _GIB)),
+    "v6e": Chip("TPU v6 lite", 1, 1, int(31.25 * _GIB)),
+    "tpu7x": Chip("TPU7x", 2, 1, int(94.75 * _GIB)),
 }
-"""Chip → devices that one shows itself as, and bytes that the compiler lets a program have on each: the datasheets' 16,
-95 and 32 GB, and half of 192, less what the system keeps."""
 
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\]")
 _BITS = re.compile(r"(?:pred|[a-z]+?(\d+))")
@@ -91,7 +107,14 @@ def split_topology(name: str) -> tuple[str, int]:
         raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
     if chip not in CHIPS:
         raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(CHIPS)}; use --devices N")
-    return chip, CHIPS[chip][0] * math.prod(map(int, extents.split("x")))
+    return chip, CHIPS[chip].devices * math.prod(map(int, extents.split("x")))
+
+
+def device_of(chip: str) -> "AbstractDevice":
+    """A device of one of `CHIPS` as JAX describes it: what kernels take their sizes by."""
+    from jax.sharding import AbstractDevice
+
+    return AbstractDevice(CHIPS[chip].kind, num_cores=CHIPS[chip].cores, platform="tpu")
 
 
 def without_chips() -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from runtime.aot import split_topology
+from runtime.aot import device_of, split_topology
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
 from runtime.remote import is_address
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
-    devices = args.devices or 1 if args.topology is None else split_topology(args.topology)[1]
+    chip, devices = (None, args.devices or 1) if args.topology is None else split_topology(args.topology)
     limit = longest if args.context is None else buckets.context(args.context, longest, devices)
 
     from runtime.trace import Tracer
@@ -87,14 +87,14 @@ def _run(args: argparse.Namespace) -> int:
     preset = args.preset or PRESETS[0] if devices > 1 else SINGLE
     standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain)
     progress = ProgressLine()
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format)
+    tracer = Tracer.of(bundle)
     keys = [
         GraphKey(program, args.platform, devices, shape, args.plain, preset)
         for program, shape in buckets.all_shapes(limit, standard, batch=args.batch, devices=devices)
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key)
+        exported = tracer.export(key, chip and device_of(chip))
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:

@@ -13,6 +13,7 @@ from runtime.request import add_request_arguments, prepare_request
 
 if TYPE_CHECKING:
     from jax.export import Exported
+    from jax.sharding import AbstractDevice
 
     from runtime.bundle import Bundle
     from runtime.processor import Prompt
@@ -164,12 +165,12 @@ def _for_topology(
 
     def compiled(key: GraphKey) -> aot.Memory:
         report(f"compiling {key.name}")
-        return aot.compile_for_topology(key, _exported(bundle, key), args.topology).memory
+        return aot.compile_for_topology(key, _exported(bundle, key, aot.device_of(chip)), args.topology).memory
 
     here = find_spec("libtpu") is not None
     if here:
         aot.without_chips()
-    return Target("tpu", devices, _preset(args, devices), False, aot.CHIPS[chip][1], compiled if here else None)
+    return Target("tpu", devices, _preset(args, devices), False, aot.CHIPS[chip].memory, compiled if here else None)
 
 
 def _preset(args: argparse.Namespace, devices: int) -> str:
@@ -217,7 +218,7 @@ def _measured(bundle: "Bundle", target: Target, key: GraphKey) -> Graph:
     return Graph(key, weights, cache, None if compiled is None else compiled.beside(weights + cache), remark, fits)
 
 
-def _exported(bundle: "Bundle", key: GraphKey) -> "Exported":
+def _exported(bundle: "Bundle", key: GraphKey, chip: "AbstractDevice | None" = None) -> "Exported":
     """The bundle's graph, or one made for this plan alone."""
     from runtime import graphs
 
@@ -225,7 +226,7 @@ def _exported(bundle: "Bundle", key: GraphKey) -> "Exported":
         return graphs.load(bundle.path, bundle.graphs[key])
     from runtime.trace import Tracer
 
-    return Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype).export(key)
+    return Tracer.of(bundle).export(key, chip)
 
 
 def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, contexts: Sequence[int]) -> bool:

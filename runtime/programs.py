@@ -151,11 +151,10 @@ class Programs:
                     f"where that is installed, run: {key.export_command(self._bundle.path)}"
                 ) from None
             try:
-                b = self._bundle
-                self._tracer = Tracer(b.config, b.dtype, b.indexer_dtype, b.weight_format)
+                self._tracer = Tracer.of(self._bundle)
             except InputError as error:
                 raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
-        return self._tracer.export(key)
+        return self._tracer.export(key, self.mesh.abstract_mesh.abstract_device)
 
     def _compile(self, key: GraphKey, exported: Exported) -> Program:
         args = graphs.arguments(exported)

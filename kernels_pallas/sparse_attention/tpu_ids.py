@@ -1,6 +1,6 @@
 """attend_ids on TPUs: attention of one query per sequence over listed keys.
 
-Schedule. A program takes the list of a sequence, or a part of it (`splits`). Ids become row numbers in vector registers
+Schedule. A program takes the list of a sequence, or a part of it (`cores`). Ids become row numbers in vector registers
 and move to scalar memory; from there one copy of 2 KB is started for each token, keys and values of all heads, 256
 tokens ahead of what is computed on. A tile is multiplied as it lies: all query heads with all 2 G rows of its tokens,
 of which a query head keeps those of its own key head; the probabilities, shifted by G rows, meet the values. So no row
@@ -8,8 +8,7 @@ is moved; the scalar unit, which starts the copies, is slower than the products 
 
 Cost. 2,048 ids x 2 KB = 4 MB a sequence: 5.1 us (v5e), 2.6 (v6e), 1.5 (v5p), 1.1 (tpu7x). Cycles that the compiler
 schedules: 4.6 a token for its copy and 2.5 for its products, in all 14,900 (v5e), 13,200 (v6e, tpu7x), 13,600 (v5p): 10
-us at 1.5 GHz. Sequences are shared out over the two cores of a v5p; one alone takes half of the cycles and a merge with
-`splits` = 2, which chips with one core would only pay for.
+us at 1.5 GHz. The two cores of a v5p share out sequences; of one alone they take half a list each, and merge.
 
 Tried and lost: bounds checks, ids in two dimensions and rows of a two-dimensional cache (25.6 cycles a copy instead of
 6.6); ids clamped by the scalar unit (6.6 instead of 4.9); 16 copies a step (4.9 instead of 4.6); copies unrolled among
@@ -27,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tuned
 from kernels_pallas.common import MASKED
 from kernels_pallas.sparse_attention import tpu_shared
 from kernels_pallas.sparse_attention.tpu_shared import LANES, SUBLANES
@@ -42,12 +42,12 @@ class Tuning:
     Attributes:
         tile: tokens that are fetched and computed on at once; a multiple of 128.
         unroll: copies that are started in one step of a loop; divides the tile.
-        splits: parts of a list that are attended to apart and merged; 2 pays for a single sequence on two cores.
+        cores: of a device. Where there are more than sequences, they share a list's parts and a merge follows.
     """
 
     tile: int = 256
     unroll: int = 32
-    splits: int = 1
+    cores: int = 1
 
 
 def supports(q: jax.Array, kv: jax.Array, ids: jax.Array) -> bool:
@@ -61,7 +61,7 @@ def attend_ids(
     layer: jax.Array,
     ids: jax.Array,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_ids`."""
@@ -74,7 +74,7 @@ def attend_ids_lse(
     layer: jax.Array,
     ids: jax.Array,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.sparse_attention.attend_ids_lse`."""
@@ -82,12 +82,13 @@ def attend_ids_lse(
 
 
 def _attend(
-    q: jax.Array, kv: jax.Array, layer: jax.Array, ids: jax.Array, dtype: Any, tuning: Tuning, interpret: Any
+    q: jax.Array, kv: jax.Array, layer: jax.Array, ids: jax.Array, dtype: Any, tuning: Tuning | None, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The result in `dtype`, and its log-sum-exp."""
+    tuning = tuning or tuned.sizes("attend_ids", Tuning())
     B, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
-    T, splits = min(tuning.tile, pl.cdiv(ids.shape[1], LANES) * LANES), tuning.splits
+    T, splits = min(tuning.tile, pl.cdiv(ids.shape[1], LANES) * LANES), pl.cdiv(tuning.cores, B)
     width = pl.cdiv(ids.shape[1], splits * T) * T
     ids = jnp.pad(ids, ((0, 0), (0, splits * width - ids.shape[1])), constant_values=-1)
     part = pl.BlockSpec((None, None, H, LANES), lambda b, s, *_: (b, s, 0, 0))

@@ -67,7 +67,8 @@ def lists(slots: int, *used: int) -> np.ndarray:
     ("heads", "dtype", "used", "tuning"),
     [
         ((8, 4), jnp.bfloat16, (300, 129), TILE),
-        ((6, 2), jnp.bfloat16, (128, 0), Tuning(tile=128, unroll=4, splits=2)),  # a split, and a sequence, without keys
+        # Two parts of a list, of which one, or both in a sequence, have no keys.
+        ((6, 2), jnp.bfloat16, (128, 0), Tuning(tile=128, unroll=4, cores=4)),
         ((8, 1), jnp.float32, (1, 20), TILE),
     ],
 )
@@ -79,7 +80,7 @@ def test_lists_of_any_length(heads: tuple[int, int], dtype: Any, used: tuple[int
     ("heads", "dtype", "tuning", "size"),
     [
         ((8, 4), jnp.bfloat16, TILE, 1),
-        ((6, 2), jnp.bfloat16, Tuning(tile=128, unroll=4, splits=2), 1),  # a split has no keys
+        ((6, 2), jnp.bfloat16, Tuning(tile=128, unroll=4, cores=4), 1),  # two parts of each list
         ((8, 1), jnp.float32, TILE, 1e6),
     ],
 )
