@@ -83,7 +83,7 @@ class Processes:
         other = [name for name, fact in facts.items() if first.get(name) != fact]
         if other:
             raise InputError(
-                f"process {self.index} has other {', '.join(other)} than process 0; start all of them with the same "
+                f"this process has other {', '.join(other)} than process 0; start all of them with the same "
                 "command, files and packages"
             )
 

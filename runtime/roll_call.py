@@ -85,8 +85,7 @@ def _server(host: str, port: int) -> socket.socket:
 
 def _hear(connection: socket.socket, here: dict[int, socket.socket], count: int) -> None:
     """Adds who has connected to those `here`, or sends it away."""
-    connection.settimeout(_LINE_SECONDS)
-    said = _PRESENT.fullmatch(_line(connection))
+    said = _PRESENT.fullmatch(_line(connection, _LINE_SECONDS))
     if said is None:
         connection.close()
         return
@@ -108,8 +107,7 @@ def _report(host: str, port: int, count: int, index: int, timeout: float) -> lis
         with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), port), _LINE_SECONDS) as connection:
             connection.sendall(f"keye-jax {index} of {count}\n".encode())
             # Process 0 may have come later, and waits as long.
-            connection.settimeout(timeout + _SPARE_SECONDS)
-            line = _line(connection)
+            line = _line(connection, timeout + _SPARE_SECONDS)
             word = _WORD.fullmatch(line)
             if word is None and line:
                 raise InputError(f"{host}:{port} is in use by something else; choose another port")
@@ -121,12 +119,14 @@ def _report(host: str, port: int, count: int, index: int, timeout: float) -> lis
     return [0]
 
 
-def _line(connection: socket.socket) -> bytes:
-    """What comes up to a line's end; less if the other side falls silent."""
-    received = b""
+def _line(connection: socket.socket, seconds: float) -> bytes:
+    """What comes up to a line's end; less if the time is over or the other side closes."""
+    received, deadline = b"", time.monotonic() + seconds
     with contextlib.suppress(OSError):
         while not received.endswith(b"\n") and len(received) < _MAX_LINE:
-            if not (more := connection.recv(_MAX_LINE - len(received))):
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            more = connection.recv(_MAX_LINE - len(received))
+            if not more or time.monotonic() > deadline:
                 break
             received += more
     return received
@@ -139,8 +139,7 @@ def _tell(connections: Iterable[socket.socket], word: str) -> None:
             connection.sendall(f"{word}\n".encode())
     for connection in connections:
         # The other side closes first: otherwise the port would stay in use for a minute.
-        connection.settimeout(_LINE_SECONDS)
-        _line(connection)
+        _line(connection, _LINE_SECONDS)
         connection.close()
 
 
