@@ -13,6 +13,7 @@ import numpy as np
 from runtime import buckets
 from runtime.errors import GenerationError, InputError
 from runtime.patches import packed
+from runtime.processes import ALONE, Processes
 from runtime.processor import Prompt
 from runtime.programs import Program, Programs
 from runtime.sampling import SamplingOptions
@@ -65,10 +66,19 @@ class Executor:
         params: weights, nested dictionaries as `programs` expects them.
         facts: of the model.
         progress: told how far long stages are.
+        processes: that the programs run in.
     """
 
-    def __init__(self, programs: Programs, params: Any, facts: ModelFacts, progress: Progress | None = None):
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        facts: ModelFacts,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
+    ):
         self.programs = programs
+        self._processes = processes
         self._text = params["text"]
         self._vision = {name: params[name] for name in ("vision", "projector")}
         self._facts = facts
@@ -140,6 +150,8 @@ class Executor:
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
                 steps = min(2 * steps, tokens.shape[1])
+            # Every process measures another time, and all must run as many steps.
+            steps = int(self._processes.shared(str(steps).encode))
 
     def _context(self, tokens: int) -> int:
         return buckets.context(tokens, self._limit, self.programs.mesh.size)

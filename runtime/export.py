@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key, chip and device_of(chip))
+        exported = tracer.export(key, None if chip is None else device_of(chip))
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:
