@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.grounding_annotations import AnnotationError, Item, find_video, read_items
-from benchmarks.grounding_metrics import THRESHOLDS, interval, iou, parse_span, same_answer
+from benchmarks.grounding_metrics import THRESHOLDS, interval, iou, same_answer
 from runtime.errors import GenerationError, InputError
 from runtime.media_options import VideoOptions
 from runtime.sampling import SamplingOptions
+from runtime.spans import parse_span
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

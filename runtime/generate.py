@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import GenerationError, InputError
 from runtime.graphs import PRESETS
-from runtime.request import add_request_arguments, prepare_request
+from runtime.request import add_request_arguments, prepare_request, question
 
 if TYPE_CHECKING:
     from runtime.engine import Engine, Generation, Result
@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; 0: all")
     output.add_argument("--seed", type=int, metavar="S", help="same seed, same answer (default 0)")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    output.add_argument(
+        "--explain", metavar="FILE.png", help="also draw which frames were selected while the answer was written"
+    )
     several = parser.add_argument_group("several devices")
     several.add_argument("--devices", type=int, metavar="N", help="spread the model over N (default: all accelerators)")
     several.add_argument("--preset", choices=PRESETS, help=f"what is spread (default {PRESETS[0]})")
@@ -67,13 +70,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from runtime.engine import Engine
+    from runtime.explain_picture import check_path, draw
     from runtime.progress import ProgressLine
 
+    if args.explain is not None:
+        check_path(args.explain)
     progress = ProgressLine()
     engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset)
     prompt = prepare_request(engine.processor, args, progress)
     progress.close()
-    generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))
+    generation = engine.generate_prompt(
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        sampling=_sampling(engine, args),
+        explain=args.explain is not None,
+    )
     for warning in prompt.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     interrupted = False
@@ -82,11 +93,17 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     progress.close()
-    result = generation.result
+    shown = generation.result.to_json()
+    if not args.json:
+        _print_summary(generation.result)
+    if args.explain is not None and not interrupted:
+        explanation = generation.explanation()
+        draw(explanation, prompt.media, args.explain, question=question(args))
+        progress.close()
+        print(f"[{args.explain}: what the {explanation.part} selected]", file=sys.stderr)
+        shown["explanation"] = explanation.to_json()
     if args.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False))
-    else:
-        _print_summary(result)
+        print(json.dumps(shown, ensure_ascii=False))
     return 130 if interrupted else 0
 
 

@@ -73,6 +73,9 @@ class Tracer:
             program = partial(program, layout=sharding.layout(key.preset, key.devices))
             partitions, results = (weights["text"], slots, *[whole] * (len(rest) - 1)), (slots, *[whole] * _CARRIED)
             results = results[: 2 if key.program == "prefill" else None]
+            if key.program == "explain":
+                # Counts [B, C, S] lie where the cache's slots [L, B, S] do.
+                results = (slots, slots["idx_k"])
         else:
             partitions, results = ({name: weights[name] for name in names}, *[whole] * len(rest)), whole
         return sharding.spread(program, mesh, partitions, results), sharding.shardings(partitions, mesh)
@@ -107,6 +110,15 @@ class Tracer:
             },
         }
         return graphs.decode, ("text",), (*self._carried(batch, context), state, _array((), jnp.int32))
+
+    def _explain(self, batch: int, chunk: int, context: int) -> Any:
+        produced = {
+            "tokens": _array((batch, chunk), jnp.int32),
+            "positions": _array((3, batch, chunk), jnp.int32),
+            "valid": _array((batch,), jnp.int32),
+        }
+        cache, _ = self._carried(batch, context)
+        return graphs.explain, ("text",), (cache, produced)
 
     def _carried(self, batch: int, context: int) -> tuple[Any, Any]:
         """What prefill and decode hand on: the cache and the logits."""
