@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, items: list[Item]) -> int:
         with args.output.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write(json.dumps({"settings": settings}) + "\n")
-            for result in _progress(_answers(engine, left, paths, args, options), len(left)):
+            for result in _progress(answers(engine, left, paths, args, options), len(left)):
                 done[result["id"]] = result
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
@@ -111,9 +111,15 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, An
     return {record["id"]: record for record in records[1:]}
 
 
-def _answers(
+def answers(
     engine: "Engine", items: list[Item], paths: dict[str, Path | None], args: argparse.Namespace, options: Any
 ) -> Iterator[dict[str, Any]]:
+    """What the engine says to each item, and what that is worth.
+
+    Args:
+        args: with `prompt` and `max_new_tokens`, see the command line.
+        options: of `VideoOptions`.
+    """
     for item in items:
         # Replaced, not formatted: braces in the rest of a prompt are text.
         text = args.prompt.replace("{query}", item.text) if item.span else item.text

@@ -208,7 +208,8 @@ class _Page:
             x0, x1 = axis.x(start), axis.x(end)
             gap = 1 if x1 - x0 > 4 else 0
             top = bottom - BARS * share / self._top
-            self._pen.rectangle((x0 + gap, top, max(x1 - 1 - gap, x0 + gap), bottom), fill=BAR)
+            if share > 0:
+                self._pen.rectangle((x0 + gap, top, max(x1 - 1 - gap, x0 + gap), bottom), fill=BAR)
         if not self._explanation.everything:
             y = bottom - BARS * self._explanation.even / self._top
             self._dashes((LEFT, y), (RIGHT, y))

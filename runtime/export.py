@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, metavar="N", help="contexts up to N tokens (default: the model's)")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: by platform)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences side by side (default 1)")
-    parser.add_argument("--explain", action="store_true", help="also what `runtime.generate --explain` runs")
+    parser.add_argument("--explain", action="store_true", help="also the programs of `runtime.generate --explain`")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
