@@ -131,7 +131,7 @@ class _Page:
             )
         else:
             self.note(
-                f"Bars: share of a frame's tokens that the lightning indexer selected, averaged over all layers and the "
+                f"Bars: share of a frame's tokens that the lightning indexer selected, averaged over all layers and "
                 f"{e.steps} tokens of the {e.part}. It selects {e.topk:,} of {e.context:,} tokens; an even choice "
                 f"would be {_percent(e.even)} (dashed)."
             )
@@ -255,7 +255,7 @@ class _Page:
 def _axis(selection: MediaSelection) -> Axis:
     times = selection.timestamps
     count = len(selection.shares)
-    if times is None or count > 1 and times[-1] <= times[0]:
+    if times is None or (count > 1 and times[-1] <= times[0]):
         return Axis(np.arange(count + 1) - 0.5, "frame")
     # Each frame lasts until the next one, the last as long as most do.
     lasts = float(np.median(np.diff(times))) if count > 1 else 1.0
