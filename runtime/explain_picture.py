@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Axis(NamedTuple):
     """The scale of a time line, or of frame numbers."""
 
     edges: np.ndarray
-    """[n + 1] where each frame begins, and the last one ends."""
+    """[n + 1] where each frame's bar begins, and the last one ends."""
     unit: str
 
     def x(self, value: float) -> float:
@@ -257,9 +258,10 @@ def _axis(selection: MediaSelection) -> Axis:
     count = len(selection.shares)
     if times is None or (count > 1 and times[-1] <= times[0]):
         return Axis(np.arange(count + 1) - 0.5, "frame")
-    # Each frame lasts until the next one, the last as long as most do.
-    lasts = float(np.median(np.diff(times))) if count > 1 else 1.0
-    return Axis(np.array([*times, times[-1] + (lasts or 1.0)]), "s")
+    # A frame stands in the middle of its bar: an interval is named by the first and the last frame that show something.
+    half = (float(np.median(np.diff(times))) if count > 1 else 1.0) / 2 or 0.5
+    middles = [(a + b) / 2 for a, b in pairwise(times)]
+    return Axis(np.array([times[0] - half, *middles, times[-1] + half]), "s")
 
 
 def _clipped(axis: Axis, span: Span) -> tuple[float, float]:

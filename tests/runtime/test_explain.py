@@ -123,7 +123,7 @@ def test_any_explanation_is_drawn_and_fits_its_sheet(
 
 
 def test_bars_and_intervals_stand_at_their_times(tmp_path: Path) -> None:
-    """Four seconds; only the third one was selected, and it is the one that is named."""
+    """Four frames, half a second of time line before and behind them; the third one was selected."""
     items = [media("video", 4, [0, 1, 2, 3])]
     shown = Explanation(
         (MediaSelection("video", "v", (0, 1, 2, 3), (0.0, 0.0, 0.8, 0.0)),),
@@ -136,10 +136,10 @@ def test_bars_and_intervals_stand_at_their_times(tmp_path: Path) -> None:
         ((2, 3),),
     )
     picture = drawn(tmp_path / "a.png", items, shown).astype(int)
-    for colour in ((0x2F, 0x6F, 0xB7), (0xC2, 0x57, 0x1A)):
+    for colour, start, end in (((0x2F, 0x6F, 0xB7), 1.5, 2.5), ((0xC2, 0x57, 0x1A), 2, 3)):
         # No letter is so tall.
         wide = np.flatnonzero((picture == colour).all(-1).sum(axis=0) >= 12)
-        left, right = 110 + 1230 / 2, 110 + 1230 * 3 / 4
+        left, right = (110 + 1230 * (time + 0.5) / 4 for time in (start, end))
         assert abs(wide.min() - left) < 6
         assert abs(wide.max() - right) < 6
 
