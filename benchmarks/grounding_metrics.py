@@ -1,35 +1,13 @@
-"""Temporal grounding's arithmetic: spans in answers, overlaps, and what they come to over many items."""
+"""Temporal grounding's arithmetic: overlaps of spans, and what they come to over many items."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-Span = tuple[float, float]
+from runtime.spans import Span
+
 THRESHOLDS = (0.3, 0.5, 0.7)
 RESAMPLES = 2000
-
-# 83.5 or 1:23.5 or 0:01:23.5, with or without a unit.
-_TIME = r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)\s*(?:s\b|secs?\b|seconds?\b)?"
-_PAIR = re.compile(_TIME + r"\s*(?:-|–|—|~|\bto\b|\buntil\b|\btill\b|\band\b|,)\s*" + _TIME, re.IGNORECASE)
-_ONE = re.compile(_TIME, re.IGNORECASE)
-
-
-def parse_span(text: str) -> Span | None:
-    """The first pair of times in an answer, else its first two times, in order of time; None if it has fewer.
-
-    Understood are seconds and h:mm:ss, joined by a dash, "to", "until", "and" or a comma.
-    """
-    if (pair := _PAIR.search(text)) is not None:
-        found = [_seconds(pair.groups()[:3]), _seconds(pair.groups()[3:])]
-    else:
-        found = [_seconds(match.groups()) for match in _ONE.finditer(text)][:2]
-    return (min(found), max(found)) if len(found) == 2 else None
-
-
-def _seconds(parts: Sequence[str | None]) -> float:
-    hours, minutes, seconds = (float(part or 0) for part in parts)
-    return 3600 * hours + 60 * minutes + seconds
 
 
 def iou(one: Span | None, other: Span) -> float:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.grounding_annotations import AnnotationError, Item, find_video, read_items
-from benchmarks.grounding_metrics import THRESHOLDS, interval, iou, parse_span, same_answer
+from benchmarks.grounding_metrics import THRESHOLDS, interval, iou, same_answer
 from runtime.errors import GenerationError, InputError
 from runtime.media_options import VideoOptions
 from runtime.sampling import SamplingOptions
+from runtime.spans import parse_span
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace, items: list[Item]) -> int:
         with args.output.open("a", encoding="utf-8") as file:
             if file.tell() == 0:
                 file.write(json.dumps({"settings": settings}) + "\n")
-            for result in _progress(_answers(engine, left, paths, args, options), len(left)):
+            for result in _progress(answers(engine, left, paths, args, options), len(left)):
                 done[result["id"]] = result
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
                 file.flush()
@@ -110,9 +111,15 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, An
     return {record["id"]: record for record in records[1:]}
 
 
-def _answers(
+def answers(
     engine: "Engine", items: list[Item], paths: dict[str, Path | None], args: argparse.Namespace, options: Any
 ) -> Iterator[dict[str, Any]]:
+    """What the engine says to each item, and what that is worth.
+
+    Args:
+        args: with `prompt` and `max_new_tokens`, see the command line.
+        options: of `VideoOptions`.
+    """
     for item in items:
         # Replaced, not formatted: braces in the rest of a prompt are text.
         text = args.prompt.replace("{query}", item.text) if item.span else item.text

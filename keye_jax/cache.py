@@ -6,6 +6,10 @@ A plain dictionary, because it crosses `jit` and `jax.export`:
     idx_k      [L, B, S, I]        index keys in the indexer's dtype
     idx_scale  [L, B, S] float32   their scales; only where they are quantised
     length     [B] int32           tokens held
+
+Only inside the program that explains an answer it has one more entry, which the layers add to:
+
+    selected   [B, C, S] uint8     in how many layers so far each token of the chunk selected each slot
 """
 
 from typing import Any

@@ -130,6 +130,8 @@ def _attention(
         axis,
     )
     bits = distributed.select_bits(*selection)
+    if "selected" in cache:
+        cache = {**cache, "selected": cache["selected"] + ops.unpack_bits(bits)}
     out = distributed.attend_bits(q, cache["kv"], layer, bits, start, config.sparse.topk, axis)
     product = heads.sum(einsum_f32("bchk,hkd->bcd", out, values_of(attn["o_proj"], a.dtype)))
     return scaled(product, attn["o_proj"]).astype(a.dtype), cache

@@ -1,9 +1,10 @@
-"""The three programs the runtime executes, as pure functions of dictionaries and arrays with static shapes.
+"""The programs the runtime executes, as pure functions of dictionaries and arrays with static shapes.
 Plain dictionaries, because whoever runs a serialised program need not have this package.
 
     vision   params, patches, grid                     → vision rows
     prefill  params, cache, logits, a chunk            → cache, logits of each row's last valid token so far
     decode   params, cache, logits, decoding state     → cache, logits, state, up to n new tokens
+    explain  params, cache, tokens it produced         → cache, how many layers selected each slot for each token
 
 Prefill leaves logits, and decode starts by sampling from them: choosing a token is written, and compiled, once.
 """
@@ -37,6 +38,14 @@ class Chunk(TypedDict):
     positions: jax.Array  # [3, B, C] int32
     vision_rows: jax.Array  # [B, C, D] model dtype
     is_vision: jax.Array  # [B, C] bool
+    valid: jax.Array  # [B] int32, how many of the C tokens count
+
+
+class Produced(TypedDict):
+    """Text tokens that the cache holds already, to be looked at again."""
+
+    tokens: jax.Array  # [B, C] int32
+    positions: jax.Array  # [3, B, C] int32
     valid: jax.Array  # [B] int32, how many of the C tokens count
 
 
@@ -137,3 +146,34 @@ def decode(
     carry = (jnp.int32(0), cache, logits, state, tokens, jnp.ones((B,), bool))
     _, cache, logits, state, tokens, finite = lax.while_loop(running, step, carry)
     return cache, logits, state, tokens, finite
+
+
+def explain(
+    params: dict[str, Any],
+    cache: Cache,
+    produced: Produced,
+    config: KeyeConfig,
+    layout: Layout = UNDIVIDED,
+) -> tuple[Cache, jax.Array]:
+    """What tokens selected, layer by layer, when they were decoded: they go through the layers once more.
+
+    Args:
+        params: the "text" parameters.
+        cache: its `length` set back to before the tokens, whose rows are written again; donated by the caller.
+        layout: as in `prefill`.
+
+    Returns:
+        The cache, as long as before the length was set back, and counts [B, C, S] uint8: in how many layers each token
+        selected each slot; for tokens beyond `valid` they mean nothing.
+
+    Raises:
+        ValueError: one token, whose layers are those of decoding; more layers than a count can hold.
+    """
+    B, C = produced["tokens"].shape
+    if C < 2 or config.text.num_hidden_layers > jnp.iinfo(jnp.uint8).max:
+        raise ValueError(f"{C} tokens of {config.text.num_hidden_layers} layers: needs 2 tokens, at most 255 layers")
+    h = embed(params, produced["tokens"], None, None, layout.experts.over(config.text.vocab_size))
+    selected = jnp.zeros((B, C, cache["kv"].shape[2]), jnp.uint8)
+    counting = {**cache, "selected": selected}
+    _, counted = decoder(params, h, counting, produced["positions"], produced["valid"], config, layout)
+    return {name: counted[name] for name in cache}, layout.context.gather(counted["selected"], 2)

@@ -1,6 +1,6 @@
 """The only door to the kernels: model code imports their public functions from here."""
 
-from kernels_pallas.common import einsum_f32, scatter_slots, write_slots
+from kernels_pallas.common import einsum_f32, scatter_slots, unpack_bits, write_slots
 from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
 from kernels_pallas.fused_linear import fused_linear, gelu_mlp
@@ -53,6 +53,7 @@ __all__ = [
     "select_ids",
     "sortable",
     "spread_rows",
+    "unpack_bits",
     "values_of",
     "write_slots",
 ]

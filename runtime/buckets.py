@@ -13,6 +13,9 @@ CHUNKS = (64, 512)
 GPU_CHUNKS = (64, 512, 2048, 8192)
 """The same where the GPU kernels run: an expert needs hundreds of rows to be busy, and scores take no memory."""
 
+EXPLAIN_CHUNK = 64
+"""Tokens of an answer that are explained at once."""
+
 BATCH_PATCHES = 8192
 """Patches per call of the vision program, unless one image alone has more."""
 
@@ -93,12 +96,13 @@ def patches(count: int) -> int:
 
 
 def all_shapes(
-    limit: int, standard: Sequence[int], *, batch: int = 1, devices: int = 1
+    limit: int, standard: Sequence[int], *, batch: int = 1, devices: int = 1, explain: bool = False
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Every (program, shape) that a model of context `limit` can come to need; see `runtime.graphs.SHAPE_NAMES`.
 
     Args:
         standard: chunk lengths, from `chunks`.
+        explain: with the programs that explain answers.
     """
     sizes = contexts(limit, devices)
     # The shortest prompts take the shortest chunk, others the one that holds the context they are in.
@@ -108,4 +112,5 @@ def all_shapes(
         *(("vision", (size,)) for size in patch_sizes),
         *(("prefill", shape) for shape in prefills),
         *(("decode", (batch, size)) for size in sizes),
+        *(("explain", (batch, EXPLAIN_CHUNK, size)) for size in sizes if explain),
     ]

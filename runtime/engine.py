@@ -12,6 +12,7 @@ import numpy as np
 from runtime import buckets
 from runtime.bundle import Bundle
 from runtime.errors import InputError
+from runtime.explain import Explanation, Part, check_prompt, explain_answer
 from runtime.media_options import ImageOptions, VideoOptions
 from runtime.output import Piece, ThinkingSplitter, ToolCall, parse_tool_calls
 from runtime.processes import ALONE, Processes
@@ -58,10 +59,23 @@ class Generation:
     """An answer in the making: iterate it for `Piece`s of text, then read `result`.
 
     Closing it early, or Ctrl-C while iterating, keeps what there is: `result` then says "interrupted".
+
+    Args:
+        explain: makes the explanation from all tokens, the number of the first one to explain, their text, and what
+            they are; None where none was asked for.
     """
 
-    def __init__(self, prompt: Prompt, run: "Run", splitter: ThinkingSplitter | None, options: dict[str, Any]):
+    def __init__(
+        self,
+        prompt: Prompt,
+        run: "Run",
+        splitter: ThinkingSplitter | None,
+        options: dict[str, Any],
+        explain: Callable[[Sequence[int], int, str, Part], Explanation] | None = None,
+    ):
         self._prompt, self._run, self._splitter, self._options = prompt, run, splitter, options
+        self._explain = explain
+        self._answer_from = 0
         self._stop_ids = options["stop_ids"]
         self._tokens: list[int] = []
         self._finish: FinishReason = "interrupted"
@@ -77,10 +91,31 @@ class Generation:
                 # The stop token ends the turn; it is no part of the text.
                 if self._splitter is not None and token not in self._stop_ids:
                     yield from self._splitter.push(token)
+                    if not self._splitter.answer:
+                        self._answer_from = len(self._tokens)
         stopped = bool(self._tokens) and self._tokens[-1] in self._stop_ids
         self._finish = "stop" if stopped else "length"
         if self._splitter is not None:
             yield from self._splitter.flush()
+
+    def explanation(self) -> Explanation:
+        """What the answer looked at; of a generation with `explain` that was iterated to its end.
+
+        Where nothing followed the thinking, or the bundle has no tokenizer, all tokens produced count.
+
+        Raises:
+            ValueError: `explain` was not asked for, or the answer is not finished.
+        """
+        if self._explain is None or self._finish == "interrupted":
+            raise ValueError("only a finished generation that was started with explain=True can be explained")
+        result, tokens = self.result, self._tokens
+        if tokens[-1] in self._stop_ids and len(tokens) > 1:
+            tokens = tokens[:-1]
+        if self._splitter is None:
+            return self._explain(tokens, 0, "", "tokens")
+        if self._answer_from >= len(tokens):
+            return self._explain(tokens, 0, result.thinking or "", "thinking")
+        return self._explain(tokens, self._answer_from, result.text or "", "answer")
 
     @property
     def result(self) -> Result:
@@ -242,23 +277,32 @@ class Engine:
         video_options: VideoOptions | None = None,
         max_new_tokens: int | None = None,
         sampling: SamplingOptions | None = None,
+        explain: bool = False,
     ) -> Generation:
         """Answers a conversation; see `prepare` and `generate_prompt`."""
         prompt = self.prepare(messages, tools=tools, image_options=image_options, video_options=video_options)
-        return self.generate_prompt(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        return self.generate_prompt(prompt, max_new_tokens=max_new_tokens, sampling=sampling, explain=explain)
 
     def generate_prompt(
-        self, prompt: Prompt, *, max_new_tokens: int | None = None, sampling: SamplingOptions | None = None
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingOptions | None = None,
+        explain: bool = False,
     ) -> Generation:
         """Answers a prepared prompt.
 
         Args:
             max_new_tokens: None: 1,024, or what the context has left.
             sampling: None: what the checkpoint's generation_config.json says; greedy where it ships none.
+            explain: keep what `Generation.explanation` needs: the cache, for as long as the generation lives.
 
         Raises:
-            InputError: prompt and new tokens exceed the model's context.
+            InputError: prompt and new tokens exceed the model's context; nothing in the prompt to explain.
         """
+        if explain:
+            check_prompt(prompt)
         settings = self.processor.settings
         limit = buckets.context_limit(settings.max_position_embeddings)
         room = limit - len(prompt.token_ids)
@@ -270,8 +314,9 @@ class Engine:
         sampling = sampling or self.default_sampling()
         stop_ids = tuple(settings.stop_ids)
         if self._processes.count > 1:
-            self._processes.same(self._facts(prompt, (max_new_tokens, sampling, stop_ids)))
-        run = self.executor().run([prompt], [sampling], [max_new_tokens], stop_ids)
+            self._processes.same(self._facts(prompt, (max_new_tokens, sampling, stop_ids, explain)))
+        executor = self.executor()
+        run = executor.run([prompt], [sampling], [max_new_tokens], stop_ids, explain=explain)
         tokenizer = self.processor.tokenizer
         splitter = ThinkingSplitter(tokenizer, open_think=prompt.open_think) if tokenizer else None
         options = {
@@ -282,7 +327,14 @@ class Engine:
             "weights": self.bundle.weight_format,
             "indexer_dtype": self.bundle.indexer_dtype,
         }
-        return Generation(prompt, run, splitter, options)
+
+        def explained(tokens: Sequence[int], first: int, text: str, part: Part) -> Explanation:
+            selected = executor.selected(run, prompt, tokens, first)
+            return explain_answer(
+                prompt, selected, len(tokens) - first, self.bundle.config["sa_config"]["topk"], text, part
+            )
+
+        return Generation(prompt, run, splitter, options, explained if explain else None)
 
     def _facts(self, prompt: Prompt, options: Any) -> dict[str, str]:
         """What must be alike in all processes, or their programs would wait for one another for ever."""
@@ -292,7 +344,8 @@ class Engine:
         for item in prompt.media:
             media.update(repr((item.kind, item.grid, item.frames.shape)).encode())
             media.update(np.ascontiguousarray(item.frames).data)
-        bundle = (self.bundle.source, self.bundle.dtype, self.bundle.indexer_dtype, self.bundle.processor_settings)
+        b = self.bundle
+        bundle = (b.source, b.dtype, b.weight_format, b.indexer_dtype, b.processor_settings)
         return {
             "JAX": jax.__version__,
             "bundle": hashlib.sha256(repr(bundle).encode()).hexdigest(),

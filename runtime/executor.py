@@ -43,6 +43,9 @@ class Run:
     timings: Timings
     attention_path: str = ""
     """`dsa/<keys>/<index format>/<backend>` of what has run so far; see `Result.attention_path`."""
+    explain: bool = False
+    """Keep the cache for `Executor.selected`, for as long as this object lives."""
+    cache: Any = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,13 @@ class Executor:
         sampling: Sequence[SamplingOptions],
         max_new_tokens: Sequence[int],
         stop_ids: Sequence[int],
+        *,
+        explain: bool = False,
     ) -> Run:
         """Generates for a batch of prompts of any lengths. Rows do not influence each other.
+
+        Args:
+            explain: the run will be explained by `selected`.
 
         Raises (while iterating):
             InputError: a prompt with its new tokens exceeds the model's context.
@@ -100,7 +108,7 @@ class Executor:
         """
         for prompt, new in zip(prompts, max_new_tokens, strict=True):
             buckets.context(len(prompt.token_ids) + new, self._limit)
-        run = Run(iter(()), Timings())
+        run = Run(iter(()), Timings(), explain=explain)
         run.steps = self._steps(run, prompts, sampling, max_new_tokens, stop_ids)
         return run
 
@@ -146,12 +154,47 @@ class Executor:
                     "check the weights (python -m convert ... --verify) or use --dtype float32"
                 )
             produced += steps
+            run.cache = cache if run.explain else None
             run.attention_path = self._attention_path(int(np.max(cache["length"])), decode.kernels)
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
                 steps = min(2 * steps, tokens.shape[1])
             # Every process measures another time, and all must run as many steps.
             steps = int(self._processes.shared(str(steps).encode))
+
+    def selected(self, run: Run, prompt: Prompt, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """How often the steps that produced an answer selected each token before it.
+
+        Those steps go through the layers once more, on the cache that they left.
+
+        Args:
+            run: of `prompt` alone, with `explain`; finished, or stopped between two steps.
+            prompt: its last token is text.
+            tokens: all that it produced.
+            first: the answer begins at tokens[first].
+
+        Returns:
+            float64 [T + n - 1] for T prompt and n produced tokens: the share of (step, layer) pairs that selected each.
+        """
+        cache, size = run.cache, buckets.EXPLAIN_CHUNK
+        layers, _, context = cache["kv"].shape[:3]
+        # The step that produced a token had the one before it as input.
+        inputs = np.array([prompt.token_ids[-1], *tokens[:-1]], np.int32)[first:]
+        begin, end = len(prompt.token_ids) - 1 + first, len(prompt.token_ids) - 1 + len(tokens)
+        program = self._timed(run.timings, self.programs.explain, 1, size, context)
+        total = np.zeros(context, np.int64)
+        cache = {**cache, "length": np.array([begin], np.int32)}
+        for start in range(begin, end, size):
+            valid = min(size, end - start)
+            chunk = {name: np.zeros(array.shape, array.dtype) for name, array in program.args[2].items()}
+            chunk["tokens"][0, :valid] = inputs[start - begin :][:valid]
+            chunk["positions"][:] = np.arange(start, start + size) + prompt.delta
+            chunk["valid"][:] = valid
+            cache, counts = program(self._text, cache, chunk)
+            total += np.asarray(counts)[0, :valid].sum(axis=0, dtype=np.int64)
+            self._progress("explaining tokens", start + valid - begin, end - begin)
+        run.cache = cache
+        return total[:end] / (layers * (end - begin))
 
     def _context(self, tokens: int) -> int:
         return buckets.context(tokens, self._limit, self.programs.mesh.size)

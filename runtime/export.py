@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, metavar="N", help="contexts up to N tokens (default: the model's)")
     parser.add_argument("--chunk", type=int, metavar="N", help="prefill chunks of N tokens (default: by platform)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences side by side (default 1)")
+    parser.add_argument("--explain", action="store_true", help="also the programs of `runtime.generate --explain`")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -90,7 +91,9 @@ def _run(args: argparse.Namespace) -> int:
     tracer = Tracer.of(bundle)
     keys = [
         GraphKey(program, args.platform, devices, shape, args.plain, preset)
-        for program, shape in buckets.all_shapes(limit, standard, batch=args.batch, devices=devices)
+        for program, shape in buckets.all_shapes(
+            limit, standard, batch=args.batch, devices=devices, explain=args.explain
+        )
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))

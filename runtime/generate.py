@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import GenerationError, InputError
 from runtime.graphs import PRESETS
 from runtime.processes import ALONE, Processes, join
-from runtime.request import add_request_arguments, prepare_request
+from runtime.request import add_request_arguments, prepare_request, question
 
 if TYPE_CHECKING:
     from runtime.engine import Engine, Generation, Result
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="made by `python -m convert`: a folder, or gs://... or s3://...")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="made by `python -m convert`: a folder, or gs://... or s3://..."
+    )
     add_request_arguments(parser)
     output = parser.add_argument_group("generation (unset: the checkpoint's generation_config.json, else greedy)")
     output.add_argument("--max-new-tokens", type=int, metavar="N", help="default 1024, or what the context has left")
@@ -69,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens; 0: all")
     output.add_argument("--seed", type=int, metavar="S", help="same seed, same answer (default 0)")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    output.add_argument(
+        "--explain", metavar="FILE.png", help="also draw which frames were selected while the answer was written"
+    )
     several = parser.add_argument_group("several devices")
     several.add_argument("--devices", type=int, metavar="N", help="spread the model over N (default: all accelerators)")
     several.add_argument("--preset", choices=PRESETS, help=f"what is spread (default {PRESETS[0]})")
@@ -84,19 +89,27 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, processes: Processes) -> int:
     from runtime.engine import Engine
+    from runtime.explain_picture import check_path, draw
     from runtime.progress import ProgressLine
 
-    progress = ProgressLine(None if processes.index == 0 else io.StringIO())
-    engine = Engine.open(
-        args.bundle, progress=progress, devices=args.devices, preset=args.preset, processes=processes
-    )
+    speaks = processes.index == 0
+    if args.explain is not None and speaks:
+        check_path(args.explain)
+    progress = ProgressLine(None if speaks else io.StringIO())
+    engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset, processes=processes)
     prompt = prepare_request(engine.processor, args, progress)
     progress.close()
-    generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))
-    if processes.index > 0:
-        # Process 0 speaks for all.
+    generation = engine.generate_prompt(
+        prompt,
+        max_new_tokens=args.max_new_tokens,
+        sampling=_sampling(engine, args),
+        explain=args.explain is not None,
+    )
+    if not speaks:
         for _ in generation:
             pass
+        if args.explain is not None:
+            generation.explanation()
         return 0
     for warning in prompt.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -106,11 +119,17 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     except KeyboardInterrupt:
         interrupted = True
     progress.close()
-    result = generation.result
+    shown = generation.result.to_json()
+    if not args.json:
+        _print_summary(generation.result)
+    if args.explain is not None and not interrupted:
+        explanation = generation.explanation()
+        draw(explanation, prompt.media, args.explain, question=question(args))
+        progress.close()
+        print(f"[{args.explain}: what the {explanation.part} selected]", file=sys.stderr)
+        shown["explanation"] = explanation.to_json()
     if args.json:
-        print(json.dumps(result.to_json(), ensure_ascii=False))
-    else:
-        _print_summary(result)
+        print(json.dumps(shown, ensure_ascii=False))
     return 130 if interrupted else 0
 
 

@@ -25,11 +25,12 @@ SHAPE_NAMES: Mapping[str, tuple[str, ...]] = {
     "vision": ("patches",),
     "prefill": ("batch", "chunk", "context"),
     "decode": ("batch", "context"),
+    "explain": ("batch", "chunk", "context"),
 }
 SINGLE = "single"
 PRESETS = ("context", "expert")
 """How a model may lie on several devices (`keye_jax.sharding`); the first is the default."""
-DONATED: Mapping[str, tuple[int, ...]] = {"vision": (), "prefill": (1, 2), "decode": (1, 2)}
+DONATED: Mapping[str, tuple[int, ...]] = {"vision": (), "prefill": (1, 2), "decode": (1, 2), "explain": (1,)}
 """Arguments whose memory the result takes over: the cache and the logits."""
 
 OLDEST_JAX, NEWEST_JAX = (0, 10), (0, 13)
@@ -75,6 +76,8 @@ class GraphKey:
         """The command line that makes this graph, and others that go with it."""
         named = dict(zip(SHAPE_NAMES[self.program], self.shape, strict=True))
         options = [f"--{name} {named[name]}" for name in ("context", "chunk", "batch") if name in named]
+        if self.program == "explain":
+            options[1] = "--explain"
         devices = [f"--devices {self.devices}", f"--preset {self.preset}"] if self.devices > 1 else []
         plain = ["--plain"] if self.plain else []
         bundle = shlex.quote(str(bundle))
@@ -230,7 +233,7 @@ def _shape(program: str, exported: "Exported") -> tuple[int, ...] | None:
         _, batch, context = args[1]["kv"].shape[:3]
         if program == "decode":
             return (batch, context) if "delta" in args[3] else None
-        rows, chunk = args[3]["tokens"].shape
+        rows, chunk = args[2 if program == "explain" else 3]["tokens"].shape
         return (batch, chunk, context) if rows == batch else None
     except (AttributeError, LookupError, TypeError, ValueError):
         return None

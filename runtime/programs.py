@@ -102,6 +102,10 @@ class Programs:
         """params, cache, logits, state, steps → cache, logits, state, tokens, finite; donated likewise."""
         return self._get("decode", batch, context)
 
+    def explain(self, batch: int, chunk: int, context: int) -> Program:
+        """params, cache, produced tokens → cache, counts [B, C, S] uint8; the cache is donated."""
+        return self._get("explain", batch, chunk, context)
+
     def chunk(self, batch: int, context: int, prompt_tokens: int) -> int:
         """Chunk length for a prompt's prefill; one that the bundle has a graph for, where it suits the prompt."""
         here = [k for k in self._bundle.graphs if k == self._key("prefill", *k.shape)]
@@ -204,7 +208,9 @@ def choose_devices(count: int | None) -> list[Any]:
         raise InputError(f"--devices {count} must be from 1 to {len(devices)}, the devices of {owner}")
     idle = set(range(jax.process_count())) - {device.process_index for device in devices[:count]}
     if idle:
-        raise InputError(f"--devices {count} leaves process {min(idle)} without one; use more, or start fewer processes")
+        raise InputError(
+            f"--devices {count} leaves process {min(idle)} without one; use more, or start fewer processes"
+        )
     return devices[:count]
 
 

@@ -68,6 +68,17 @@ def prepare_request(
     return processor.prepare(messages, **options)
 
 
+def question(args: argparse.Namespace) -> str | None:
+    """The text of what `prepare_request` asks: the last user message's; None where there is none."""
+    if args.messages is None:
+        return args.prompt
+    messages, _ = _read_messages(Path(args.messages))
+    content = next((message["content"] for message in reversed(messages) if message["role"] == "user"), None)
+    if isinstance(content, list):
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    return content
+
+
 def _token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

@@ -104,7 +104,10 @@ def _report(host: str, port: int, count: int, index: int, timeout: float) -> lis
     """The others: finds process 0 and hears its word."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), port), _LINE_SECONDS) as connection:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host.strip("[]"), port), _LINE_SECONDS) as connection,
+        ):
             connection.sendall(f"keye-jax {index} of {count}\n".encode())
             # Process 0 may have come later, and waits as long.
             line = _line(connection, timeout + _SPARE_SECONDS)

@@ -24,8 +24,8 @@ from runtime.graphs import DONATED, GraphKey
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
 
-_CARRIED = 4
-"""Results of decode after the cache; prefill has the first of them."""
+_RESULTS = {"prefill": 1, "decode": 4, "explain": 1}
+"""Results after the cache; every device has them whole."""
 
 _GPU = AbstractDevice("NVIDIA H200", num_cores=None, platform="gpu")
 
@@ -86,8 +86,8 @@ class Tracer:
         weights: Any = sharding.param_partitions(self._config, key.preset, key.devices, self._weights)
         if names == ("text",):
             slots = sharding.cache_partitions(rest[0], key.preset)
-            partitions, results = (weights["text"], slots, *[whole] * (len(rest) - 1)), (slots, *[whole] * _CARRIED)
-            results = results[: 2 if key.program == "prefill" else None]
+            partitions: Any = (weights["text"], slots, *[whole] * (len(rest) - 1))
+            results: Any = (slots, *[whole] * _RESULTS[key.program])
         else:
             partitions, results = ({name: weights[name] for name in names}, *[sharding.FRAMES] * len(rest)), whole
         return sharding.spread(program, mesh, partitions, results), sharding.shardings(partitions, mesh)
@@ -124,6 +124,16 @@ class Tracer:
             },
         }
         return graphs.decode, ("text",), (*self._carried(batch, context), state, _array((), jnp.int32))
+
+    def _explain(self, key: GraphKey) -> Any:
+        batch, chunk, context = key.shape
+        produced = {
+            "tokens": _array((batch, chunk), jnp.int32),
+            "positions": _array((3, batch, chunk), jnp.int32),
+            "valid": _array((batch,), jnp.int32),
+        }
+        cache, _ = self._carried(batch, context)
+        return graphs.explain, ("text",), (cache, produced)
 
     def _carried(self, batch: int, context: int) -> tuple[Any, Any]:
         """What prefill and decode hand on: the cache and the logits."""

@@ -39,12 +39,9 @@ def attend(
         counted: bool [B, T], tokens that are no padding: the ones that comparisons are averaged over.
         mode: see `model.Mode`.
     """
-    attn, eps = block["attn"], config.text.rms_norm_eps
-    (cos, sin), index_tables = tables
-    B, T, _ = a.shape
-    G, K = config.text.num_key_value_heads, config.text.head_dim
-    q = rotate(rms_norm(jnp.einsum("btd,dhk->bthk", a, attn["q_proj"]), attn["q_norm"], eps), cos, sin)
-    k = rotate(rms_norm(jnp.einsum("btd,dgk->btgk", a, attn["k_proj"]), attn["k_norm"], eps), cos, sin)
+    attn = block["attn"]
+    main_tables, index_tables = tables
+    q, k = queries_and_keys(attn, a, main_tables, config)
     v = jnp.einsum("btd,dgk->btgk", a, attn["v_proj"])
 
     def project_out(mixed: jax.Array) -> jax.Array:
@@ -57,13 +54,38 @@ def attend(
         seen = selected if mode == "sparse" else visible
     if index is None:
         return Attended(project_out(plain(q, k, v, visible[:, None])), jnp.float32(0), jnp.float32(1))
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q.reshape(B, T, G, -1, K), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores * K**-0.5, HIDDEN)
-    p = jax.nn.softmax(scores)
-    out = project_out(jnp.einsum("bgrts,bsgk->btgrk", p.astype(v.dtype), v).reshape(B, T, -1, K))
+    p = probabilities(q, k, seen)
+    out = project_out(jnp.einsum("bgrts,bsgk->btgrk", p.astype(v.dtype), v).reshape(q.shape))
     share = lax.stop_gradient(p.mean(axis=2))
-    recall = jnp.sum(share * selected[:, None], axis=-1).mean(axis=1)
-    return Attended(out, _mean(divergence(share, index, seen), counted), _mean(recall, counted))
+    found = _mean(recall(share, selected), counted)
+    return Attended(out, _mean(divergence(share, index, seen), counted), found)
+
+
+def queries_and_keys(
+    attn: dict[str, Any], a: jax.Array, tables: Tables, config: KeyeConfig
+) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, H, K] and k [B, T, G, K] of normed inputs a [B, T, D]."""
+    eps = config.text.rms_norm_eps
+    q = rotate(rms_norm(jnp.einsum("btd,dhk->bthk", a, attn["q_proj"]), attn["q_norm"], eps), *tables)
+    k = rotate(rms_norm(jnp.einsum("btd,dgk->btgk", a, attn["k_proj"]), attn["k_norm"], eps), *tables)
+    return q, k
+
+
+def probabilities(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    """Attention [B, G, H / G, T, S] float32 of q over k where `seen` [B, T, S]."""
+    B, T, _, K = q.shape
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q.reshape(B, T, k.shape[2], -1, K), k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(jnp.where(seen[:, None, None], scores * K**-0.5, HIDDEN))
+
+
+def recall(share: jax.Array, selected: jax.Array) -> jax.Array:
+    """[B, T] float32: how much of dense attention falls on the selected keys, averaged over groups.
+
+    Args:
+        share: [B, G, T, S] float32, attention averaged over the heads of a group.
+        selected: bool [B, T, S].
+    """
+    return jnp.sum(share * selected[:, None], axis=-1).mean(axis=1)
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

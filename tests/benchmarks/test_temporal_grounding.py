@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import temporal_grounding
 from benchmarks.grounding_annotations import AnnotationError, read_items
-from benchmarks.grounding_metrics import interval, iou, parse_span, same_answer
+from benchmarks.grounding_metrics import interval, iou, same_answer
 from examples.train_tiny.questions import GROUNDING_PROMPT
+from runtime.spans import parse_span
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,14 @@ def test_graphs_for_hopper_and_for_other_gpus_stand_side_by_side(tiny: Path) -> 
         assert bool(ours) is not key.plain
 
 
+def test_what_explains_answers_is_exported_when_asked(tiny: Path) -> None:
+    assert main([str(tiny), "--platform", "cpu", "--context", "512", "--chunk", "64", "--explain"]) == 0
+    (key,) = (key for key in Bundle.open(tiny).graphs if key.program == "explain")
+    assert key.shape == (1, 64, 512)
+    assert key.export_command(tiny).endswith("--context 512 --explain --batch 1")
+    assert graphs.load(tiny, Bundle.open(tiny).graphs[key]).platforms == ("cpu",)
+
+
 def test_only_gpus_have_kernels_to_leave_out(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tiny), "--platform", "cpu", "--plain"]) == 2
     assert "--plain leaves GPU kernels out" in capsys.readouterr().err

@@ -43,13 +43,10 @@ def toy(key: GraphKey, *, platform: str | None = None, devices: int | None = Non
     else:
         batch, context = key.shape[0], key.shape[-1]
         kv = jax.ShapeDtypeStruct((1, batch, context, 2, 1, 8), jnp.float32)
-        names = {"decode": ("delta", (batch,)), "prefill": ("tokens", key.shape[:2])}
-        name, shape = names[key.program]
-        rest = (
-            {"kv": kv},
-            jax.ShapeDtypeStruct((batch, 16), jnp.float32),
-            {name: jax.ShapeDtypeStruct(shape, "int32")},
-        )
+        names = {"decode": ("delta", (batch,))}
+        name, shape = names.get(key.program, ("tokens", key.shape[:2]))
+        logits = () if key.program == "explain" else (jax.ShapeDtypeStruct((batch, 16), jnp.float32),)
+        rest = ({"kv": kv}, *logits, {name: jax.ShapeDtypeStruct(shape, "int32")})
     devices = devices or key.devices
     options: dict[str, Any] = {}
     if devices > 1:
@@ -235,8 +232,9 @@ def test_swapped_files_are_refused(bundle: Bundle) -> None:
         (toy(OTHER), "takes arrays of other shapes than decode-cpu-d1-batch1-context512"),
         (toy(GraphKey("vision", "cpu", 1, (512,))), "takes arrays of other shapes"),
         (toy(GraphKey("prefill", "cpu", 1, (1, 512, 512))), "takes arrays of other shapes"),
+        (toy(GraphKey("explain", "cpu", 1, (1, 64, 512))), "takes arrays of other shapes"),
     ],
-    ids=["platform", "devices", "context", "vision", "prefill"],
+    ids=["platform", "devices", "context", "vision", "prefill", "explain"],
 )
 def test_a_graph_under_the_key_of_another_is_refused(bundle: Bundle, graph: export.Exported, message: str) -> None:
     bundle.add_graph(KEY, graph)

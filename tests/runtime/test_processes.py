@@ -59,7 +59,11 @@ def run_all(commands: list[list[object]], *, programs: dict[int, str] | None = N
         devices: CPU devices of each.
     """
     # Compiling takes most of the time; what the compiler leaves out changes no token.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     port, running = free_port(), []
     for index, command in enumerate(commands):
         program = ["-c", (programs or {})[index]] if index in (programs or {}) else ["-m", "runtime.generate"]
