@@ -94,6 +94,9 @@ def test_the_published_model_is_exported_without_weights(
         used = sum(leaf.size for leaf in jax.tree.leaves(weights))
         if key.program != "vision":
             assert used == 30_532_122_624 + 108_536_832
+            chunk = {"tpu": "attend_bits", "cuda": "attend_lists"}[platform]
+            attention = {"prefill": chunk, "decode": "attend_ids"}[key.program]
+            assert f'name = "{attention}"' in graphs.load(published, entry).mlir_module()
 
 
 def test_graphs_for_hopper_and_for_other_gpus_stand_side_by_side(tiny: Path) -> None:
