@@ -122,7 +122,7 @@ def _experts(config: KeyeConfig, stored: Any = None) -> Iterator[Case]:
     layers = abstract_params(config, DTYPE)["text"]["layers"]
     D, F, E, k = t.hidden_size, t.moe_intermediate_size, t.num_experts, t.num_experts_per_tok
     gate_up, down = (_stored(layers["moe"][name], stored) for name in ("gate_up_proj", "down_proj"))
-    kept = "" if stored is None else f", {jnp.dtype(stored).name}"
+    kept = "" if stored is None else f", {'int8' if stored == jnp.int8 else 'fp8'}"
     weight_bytes = gate_up.dtype.itemsize
     rows, sizes = CHUNK * k, _array((E,), jnp.int32)
     flops = work.expert_flops(CHUNK)
