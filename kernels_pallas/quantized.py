@@ -58,6 +58,11 @@ def check_scale(w: Weights, *contracted: int) -> None:
         )
 
 
+def multiplies(w: Weights, dtype: Any) -> bool:
+    """Whether a product of operands of `dtype` takes w as it is stored."""
+    return isinstance(w, Quantized) or w.dtype == dtype
+
+
 def pick(w: W, *index: Any) -> W:
     """w[index], of the leading axes: one layer, or one matrix, of a stack."""
     return jax.tree.map(lambda array: array[index], w)

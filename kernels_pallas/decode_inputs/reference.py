@@ -7,14 +7,14 @@ from kernels_pallas.common import einsum_f32, scatter_slots, write_slots
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
 from kernels_pallas.numerics import hadamard, layer_norm, quantise, rms_norm, rotate
 from kernels_pallas.quantized import Weights as Matrix
-from kernels_pallas.quantized import pick, scaled, values_of
+from kernels_pallas.quantized import scaled, values_of
 
 
 def decode_inputs(
     h: jax.Array, weights: Weights, tables: Tables, caches: Caches, layer: jax.Array, slots: jax.Array, eps: float
 ) -> DecodeInputs:
     """See `kernels_pallas.decode_inputs.decode_inputs`."""
-    w = Weights(*(pick(array, layer) for array in weights))
+    w: Weights = jax.tree.map(lambda array: array[layer], weights)
     a = rms_norm(h, w.norm, eps)
     q, k, v, idx_q, idx_k, gate = (project(a, matrix) for matrix in w.projections)
     q = rotate(rms_norm(q, w.q_norm, eps), tables.cos, tables.sin)

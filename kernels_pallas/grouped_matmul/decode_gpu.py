@@ -32,10 +32,12 @@ from kernels_pallas.grouped_matmul.decode_gpu_tiles import (
     compiler_params,
     dot,
     grid,
+    load_weights,
     power_of_two,
+    scaled,
     tile_size,
 )
-from kernels_pallas.quantized import Weights
+from kernels_pallas.quantized import Weights, multiplies
 
 
 def supports(x: jax.Array, *weights: Weights) -> bool:
@@ -43,7 +45,9 @@ def supports(x: jax.Array, *weights: Weights) -> bool:
     return (
         x.shape[0] <= MAX_ROWS
         and x.dtype in FLOATS
-        and all(w.dtype == x.dtype and w.shape[2] % MMA_ROWS == 0 and w.shape[3] % (2 * MMA_ROWS) == 0 for w in weights)
+        and all(
+            multiplies(w, x.dtype) and w.shape[2] % MMA_ROWS == 0 and w.shape[3] % (2 * MMA_ROWS) == 0 for w in weights
+        )
     )
 
 
@@ -51,8 +55,8 @@ def moe_step(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array,
     *,
     k: int,
@@ -69,8 +73,8 @@ def moe_step(
 
 def experts_add(
     m: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
@@ -86,7 +90,7 @@ def experts_add(
 
 def expert_swiglu(
     m: jax.Array,
-    gate_up: jax.Array,
+    gate_up: Weights,
     layer: jax.Array,
     experts: jax.Array,
     *,
@@ -113,7 +117,7 @@ def _swiglu_body(
     m_ref: Any, gate_up_ref: Any, layer_ref: Any, experts_ref: Any, out_ref: Any, *, depth: int, width: int
 ) -> None:
     D, F = m_ref.shape[1], out_ref.shape[2]
-    dtype = m_ref.dtype
+    dtype = jnp.dtype(m_ref.dtype)
     layer, first = layer_ref[()], pl.program_id(0) * width
     pair = _Pair.load(experts_ref, pl.program_id(1))
     pair.clear(out_ref, first, width)
@@ -125,18 +129,22 @@ def _swiglu_body(
             rows = pl.ds(i * depth, depth)
             x = pair.rows(lambda row, _, column: m_ref.at[row, column], i * depth, depth)
             return (
-                gate + dot(x, plt.load(gate_up_ref.at[layer, pair.expert, rows, pl.ds(first, width)])),
-                up + dot(x, plt.load(gate_up_ref.at[layer, pair.expert, rows, pl.ds(F + first, width)])),
+                gate + dot(x, load_weights(gate_up_ref, dtype, layer, pair.expert, rows, pl.ds(first, width))),
+                up + dot(x, load_weights(gate_up_ref, dtype, layer, pair.expert, rows, pl.ds(F + first, width))),
             )
 
         zero = jnp.zeros((pair.row.shape[0], width), jnp.float32)
         gate, up = lax.fori_loop(0, D // depth, step, (zero, zero))
+        gate, up = (
+            scaled(product, gate_up_ref, layer, pair.expert, pl.ds(start, width))
+            for product, start in ((gate, first), (up, F + first))
+        )
         pair.store(out_ref, first, swiglu(gate, up, dtype))
 
 
 def expert_down(
     hidden: jax.Array,
-    down: jax.Array,
+    down: Weights,
     layer: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
@@ -182,10 +190,11 @@ def _down_body(
         def step(i: jax.Array, total: jax.Array) -> jax.Array:
             x = pair.rows(lambda row, slot, column: hidden_ref.at[row, slot, column], i * depth, depth)
             rows = pl.ds(i * depth, depth)
-            return total + dot(x, plt.load(down_ref.at[layer, pair.expert, rows, pl.ds(first, width)]))
+            return total + dot(x, load_weights(down_ref, x.dtype, layer, pair.expert, rows, pl.ds(first, width)))
 
         zero = jnp.zeros((pair.row.shape[0], width), jnp.float32)
         product = lax.fori_loop(0, F // depth, step, zero)
+        product = scaled(product, down_ref, layer, pair.expert, pl.ds(first, width))
         weights = plt.load(weights_ref.at[pair.row, pair.slot], mask=pair.names, other=0.0)
         pair.store(out_ref, first, (product * weights[:, None]).astype(out_ref.dtype))
 

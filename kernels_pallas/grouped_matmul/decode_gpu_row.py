@@ -34,6 +34,7 @@ from kernels_pallas.grouped_matmul import decode_gpu_tiles as tiles
 from kernels_pallas.grouped_matmul.decode_gpu import swiglu
 from kernels_pallas.grouped_matmul.decode_gpu_router import partial_logits, ranked
 from kernels_pallas.grouped_matmul.decode_gpu_tiles import Tile, Tuning
+from kernels_pallas.quantized import Weights
 
 TUNING = Tuning(router=Tile(64, 0, 4, 1), gate_up=Tile(64, 64, 4, 6), down=Tile(128, 64, 4, 4))
 
@@ -42,8 +43,8 @@ def moe_row(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array,
     *,
     k: int,
@@ -88,11 +89,11 @@ def moe_row(
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ),
         grid=(k, D // down_width),
-        input_output_aliases={6: 2},
+        input_output_aliases={0: 2},
         compiler_params=tiles.compiler_params(t, h.dtype),
         interpret=interpret,
         name="row_down",
-    )(products, down, layer, weights, experts, h, counters)
+    )(counters, products, down, layer, weights, experts, h)
     return out
 
 
@@ -124,20 +125,21 @@ def _gate_up_body(
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         row, column = tiles.grid(_tile_rows()[:, None], (i * depth + jnp.arange(depth, dtype=jnp.int32))[None])
         x = plt.load(m_ref.at[row, column], mask=row < 1, other=0.0)
-        return total + tiles.dot(x, plt.load(gate_up_ref.at[layer, expert, pl.ds(i * depth, depth), columns]))
+        rows = pl.ds(i * depth, depth)
+        return total + tiles.dot(x, tiles.load_weights(gate_up_ref, x.dtype, layer, expert, rows, columns))
 
     total = lax.fori_loop(0, D // depth, step, jnp.zeros((tiles.MMA_ROWS, width), jnp.float32))
-    products_ref[slot, columns] = jnp.sum(total, axis=0)
+    products_ref[slot, columns] = tiles.scaled(jnp.sum(total, axis=0), gate_up_ref, layer, expert, columns)
 
 
 def _down_body(
+    _: Any,
     products_ref: Any,
     down_ref: Any,
     layer_ref: Any,
     weights_ref: Any,
     experts_ref: Any,
     residual_ref: Any,
-    _: Any,
     out_ref: Any,
     rows_ref: Any,
     counters_ref: Any,
@@ -156,10 +158,12 @@ def _down_body(
         up = plt.load(products_ref.at[slot, pl.ds(F + i * depth, depth)])
         x = swiglu(gate, up, jnp.dtype(dtype)).astype(jnp.float32)
         x = jnp.where(_tile_rows()[:, None] == 0, x[None], 0.0).astype(dtype)
-        return total + tiles.dot(x, plt.load(down_ref.at[layer, expert, pl.ds(i * depth, depth), columns]))
+        rows = pl.ds(i * depth, depth)
+        return total + tiles.dot(x, tiles.load_weights(down_ref, x.dtype, layer, expert, rows, columns))
 
     total = lax.fori_loop(0, F // depth, step, jnp.zeros((tiles.MMA_ROWS, width), jnp.float32))
-    rows_ref[slot, columns] = (jnp.sum(total, axis=0) * weights_ref[slot]).astype(dtype)
+    row = tiles.scaled(jnp.sum(total, axis=0), down_ref, layer, expert, columns)
+    rows_ref[slot, columns] = (row * weights_ref[slot]).astype(dtype)
     # All threads' stores come before the count, all loads of the last program after it.
     if not interpret:
         plt.debug_barrier()

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.quantized import Quantized
+
 MAX_ROWS = 64
 MMA_ROWS = 16
 """Rows of the smallest tensor core product."""
@@ -41,6 +43,17 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """float32 product of tiles; float32 operands are not rounded to TF32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def load_weights(w: Any, dtype: Any, *index: Any) -> jax.Array:
+    """A tile of matrices; 8-bit values are exact in `dtype`."""
+    values = w.values if isinstance(w, Quantized) else w
+    return plt.load(values.at[index]).astype(dtype)
+
+
+def scaled(product: jax.Array, w: Any, *index: Any) -> jax.Array:
+    """A float32 product [..., width] times the scales at `index` if w has scales."""
+    return product * plt.load(w.scale.at[index]) if isinstance(w, Quantized) else product
 
 
 def compiler_params(tile: Tile, dtype: Any) -> plt.CompilerParams:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.grouped_matmul import decode, decode_gpu, decode_gpu_router, decode_gpu_row, decode_reference
+from kernels_pallas.quantized import Weights
+from tests.kernels.eight_bits import random_weights
 
 LAYERS, LAYER, EPS = 2, 1, 1e-6
 
@@ -28,23 +30,29 @@ class Case:
     E: int = 8
     k: int = 2
     dtype: Any = jnp.float32
+    stored: Any = None  # of the experts, where they have 8 bits
     renormalise: bool = True
     equal_rows: bool = False
     flat_router: bool = False
 
-    def weights(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def weights(self) -> tuple[jax.Array, jax.Array, Any, Any]:
         """norm, router, gate_up, down."""
         rng = np.random.default_rng(self.rows)
 
         def draw(*shape: int) -> jax.Array:
             return jnp.asarray(rng.standard_normal(shape) * shape[-2] ** -0.5, self.dtype)
 
+        def experts(*shape: int) -> Weights:
+            if self.stored is None:
+                return draw(*shape)
+            return random_weights(shape, self.stored, 2, size=shape[-2] ** -0.5, seed=self.rows)
+
         router = draw(LAYERS, self.D, self.E)
         return (
             draw(LAYERS, self.D) + 1,
             jnp.zeros_like(router) if self.flat_router else router * 4,
-            draw(LAYERS, self.E, self.D, 2 * self.F),
-            draw(LAYERS, self.E, self.F, self.D),
+            experts(LAYERS, self.E, self.D, 2 * self.F),
+            experts(LAYERS, self.E, self.F, self.D),
         )
 
     def residual(self) -> jax.Array:
@@ -67,6 +75,8 @@ CASES = [
     Case(3, D=96, F=48, E=6, k=3, renormalise=False),
     Case(5, dtype=jnp.bfloat16, E=5, k=5, equal_rows=True),
     Case(17, E=16, k=1),
+    Case(3, k=3, dtype=jnp.bfloat16, stored=jnp.int8),
+    Case(4, D=96, E=5, k=2, stored=jnp.float8_e4m3fn),
 ]
 
 
@@ -104,7 +114,7 @@ SPREAD = {
 """Experts of three rows where other devices have the rest, which is -1."""
 
 
-def spread(case: Case, experts: list[list[int]]) -> tuple[jax.Array, ...]:
+def spread(case: Case, experts: list[list[int]]) -> tuple[Any, ...]:
     """Arguments of `experts_add`, in the first layer, before whose stack there is nothing that could be read."""
     _, _, gate_up, down = case.weights()
     weights = jnp.asarray(np.random.default_rng(3).uniform(0, 1, (case.rows, case.k)), jnp.float32)
@@ -132,6 +142,8 @@ def test_experts_of_other_devices_add_nothing(experts: list[list[int]], dtype: A
         Case(1, D=128, F=48, k=2),
         Case(1, dtype=jnp.bfloat16, k=8),
         Case(1, D=96, E=6, k=3, renormalise=False),
+        Case(1, D=128, k=3, dtype=jnp.bfloat16, stored=jnp.float8_e4m3fn),
+        Case(1, k=2, stored=jnp.int8),
     ],
     ids=str,
 )

@@ -33,6 +33,9 @@ def compare(case: Case, tuning: decode_tpu.Tuning = ONE_TILE_OF_TWO) -> None:
         Case(1, D=256, F=128, k=1),  # the second core has nothing to do
         Case(5, D=128, F=128, E=5, k=5, dtype=jnp.bfloat16, equal_rows=True),  # all rows share all experts
         Case(17, D=128, F=128, E=16, k=2),  # rows of two registers; more pairs than experts
+        Case(2, D=128, F=256, E=16, k=8, dtype=jnp.bfloat16, stored=jnp.int8),
+        Case(5, D=256, F=128, E=12, k=3, dtype=jnp.bfloat16, stored=jnp.float8_e4m3fn),  # no whole blocks of scales
+        Case(3, D=128, F=128, E=5, k=2, stored=jnp.int8),
     ],
     ids=str,
 )
