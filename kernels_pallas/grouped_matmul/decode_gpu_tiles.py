@@ -47,13 +47,16 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def load_weights(w: Any, dtype: Any, *index: Any) -> jax.Array:
     """A tile of matrices; 8-bit values are exact in `dtype`."""
-    values = w.values if isinstance(w, Quantized) else w
+    values: Any = w.values if isinstance(w, Quantized) else w
     return plt.load(values.at[index]).astype(dtype)
 
 
 def scaled(product: jax.Array, w: Any, *index: Any) -> jax.Array:
     """A float32 product [..., width] times the scales at `index` if w has scales."""
-    return product * plt.load(w.scale.at[index]) if isinstance(w, Quantized) else product
+    if not isinstance(w, Quantized):
+        return product
+    scale: Any = w.scale
+    return product * plt.load(scale.at[index])
 
 
 def compiler_params(tile: Tile, dtype: Any) -> plt.CompilerParams:

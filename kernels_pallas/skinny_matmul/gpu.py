@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.quantized import Weights
+from kernels_pallas.quantized import Quantized, Weights, multiplies
 
 MAX_ROWS = 64
 MMA = 16
@@ -55,12 +55,12 @@ def supports(x: jax.Array, *weights: Weights) -> bool:
         and D >= MMA
         and D & (D - 1) == 0
         and x.dtype in (jnp.float32, jnp.bfloat16)
-        and all(w.dtype == x.dtype for w in weights)
+        and all(multiplies(w, x.dtype) for w in weights)
     )
 
 
 def project_add(
-    x: jax.Array, w: jax.Array, layer: jax.Array | int, residual: jax.Array, interpret: bool = False
+    x: jax.Array, w: Weights, layer: jax.Array | int, residual: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """See `kernels_pallas.skinny_matmul.project_add`; x [M, D] and w [L, D, N]."""
     sums = partial_products(x, (w,), layer, interpret=interpret)
@@ -69,7 +69,7 @@ def project_add(
 
 def partial_products(
     x: jax.Array,
-    weights: Sequence[jax.Array],
+    weights: Sequence[Weights],
     layer: jax.Array | int,
     tuning: Tuning = Tuning(),
     interpret: bool = False,
@@ -78,7 +78,7 @@ def partial_products(
 
     Args:
         x: [M, D].
-        weights: stacks [L, D, ...N].
+        weights: stacks [L, D, ...N]; with scales [L, ...N], which multiply every part.
         layer: which layer, int32 scalar.
         tuning: see there.
         interpret: runs on any platform, slowly.
@@ -87,7 +87,7 @@ def partial_products(
         [P, M, sum of all N] float32.
     """
     M, D = x.shape
-    flat = [w.reshape(w.shape[0], D, -1) for w in weights]
+    flat = [_flat(w) for w in weights]
     widths = [w.shape[2] for w in flat]
     columns = [min(tuning.columns, max(MMA, 1 << (n - 1).bit_length())) for n in widths]
     tiles = [pl.cdiv(n, c) for n, c in zip(widths, columns, strict=True)]
@@ -102,6 +102,14 @@ def partial_products(
     )(jnp.asarray(layer, jnp.int32).reshape(1), x, *flat)
 
 
+def _flat(w: Weights) -> Weights:
+    """[L, D, ...N] as [L, D, N], and scales as [L, N]."""
+    if isinstance(w, Quantized):
+        scale = w.scale.reshape(w.scale.shape[0], -1)
+        return Quantized(w.values.reshape(*w.shape[:2], scale.shape[1]), scale)
+    return w.reshape(*w.shape[:2], -1)
+
+
 def _body(layer_ref: Any, x_ref: Any, *refs: Any, columns: list[int], tiles: list[int], depth: int, step: int) -> None:
     *weights, out_ref = refs
     layer, pid, part = layer_ref[0], pl.program_id(0), pl.program_id(1)
@@ -114,6 +122,7 @@ def _body(layer_ref: Any, x_ref: Any, *refs: Any, columns: list[int], tiles: lis
         @pl.when((pid >= first) & (pid < first + count))
         def _(w_ref: Any = w_ref, N: int = N, width: int = width, first: int = first, offset: int = offset) -> None:
             n = (pid - first) * width + jnp.arange(width)[None]
+            values_ref: Any = w_ref.values if isinstance(w_ref, Quantized) else w_ref
 
             def add(i: jax.Array, sums: jax.Array) -> jax.Array:
                 k = part * depth + i * step + jnp.arange(step)
@@ -121,12 +130,15 @@ def _body(layer_ref: Any, x_ref: Any, *refs: Any, columns: list[int], tiles: lis
                 x = plt.load(x_ref.at[m, k[None]], mask=rows, other=0.0)
                 if N % width:
                     live = jnp.broadcast_to(n < N, (step, width))
-                    w = plt.load(w_ref.at[layer, k[:, None], n], mask=live, other=0.0)
+                    w = plt.load(values_ref.at[layer, k[:, None], n], mask=live, other=0)
                 else:
-                    w = plt.load(w_ref.at[layer, k[:, None], n])
-                return sums + _dot(x, w)
+                    w = plt.load(values_ref.at[layer, k[:, None], n])
+                return sums + _dot(x, w.astype(x.dtype))
 
             sums = lax.fori_loop(0, depth // step, add, jnp.zeros((m.shape[0], width), jnp.float32))
+            if isinstance(w_ref, Quantized):
+                scale_ref: Any = w_ref.scale
+                sums = sums * plt.load(scale_ref.at[layer, n], mask=n < N, other=0.0)
             plt.store(out_ref.at[part, m, offset + n], sums, mask=(m < M) & (n < N))
 
         first, offset = first + count, offset + N

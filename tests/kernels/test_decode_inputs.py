@@ -9,6 +9,8 @@ import pytest
 
 from kernels_pallas import numerics
 from kernels_pallas.decode_inputs import Caches, DecodeInputs, Tables, Weights, decode_inputs, gpu, reference
+from kernels_pallas.quantized import DTYPES
+from tests.kernels.eight_bits import NAMES, random_weights
 
 FP8 = jnp.float8_e4m3fn
 LAYERS, HIDDEN, CAPACITY, EPS = 2, 64, 128, 1e-6
@@ -68,6 +70,15 @@ def check(args: Arguments, slots: list[int], layer: int = 1) -> DecodeInputs:
 )
 def test_equals_the_reference(sizes: tuple[int, ...], dtype: Any, idx_dtype: Any) -> None:
     check(arguments(2, sizes, dtype, idx_dtype), [0, 77])
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=NAMES)
+def test_projections_stored_with_8_bits(stored: Any) -> None:
+    h, weights, tables, caches = arguments(2, SMALL, jnp.float32, jnp.float32)
+    packed = {
+        name: random_weights(getattr(weights, name).shape, stored, 1, size=HIDDEN**-0.5) for name in ("q", "k", "v")
+    }
+    check((h, weights._replace(**packed), tables, caches), [0, 77])
 
 
 def test_slots_beyond_the_capacity_are_not_written() -> None:

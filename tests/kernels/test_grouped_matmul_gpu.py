@@ -16,7 +16,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from kernels_pallas.grouped_matmul import gpu, gpu_rows, grouped_matmul, grouped_swiglu, ragged, reference, spread_rows
 from kernels_pallas.grouped_matmul.gpu import CONSUMERS, ROWS, Tuning, tile_table
-from kernels_pallas.quantized import Quantized
+from kernels_pallas.quantized import DTYPES, Quantized
+from tests.kernels.eight_bits import NAMES
 
 SMALL = Tuning(columns=128, stages=2, blocks=2)
 
@@ -51,6 +52,21 @@ def test_products_equal_the_reference(sizes: list[int], D: int, F: int, out_dtyp
     )
     assert out.dtype == out_dtype
     np.testing.assert_array_equal(out, reference.grouped_matmul(x, w, layer, group_sizes, out_dtype, *scale))
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=NAMES)
+def test_products_with_8_bit_weights_equal_the_reference(stored: Any) -> None:
+    """Two tiles of columns a group, and groups of fewer rows than a half tile."""
+    sizes = [5, 66, 0, 130]
+    x, w, layer, group_sizes = operands(sizes, 64, 256, 0.25, stored)
+    row_scale = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, sum(sizes)), jnp.float32)
+    arguments, params = (x, w, layer, group_sizes), InterpretGPUParams()
+    for scale in ((), (row_scale,)):
+        out = gpu.grouped_matmul(*arguments, *scale, out_dtype=jnp.bfloat16, tuning=SMALL, interpret=params)
+        np.testing.assert_array_equal(out, reference.grouped_matmul(*arguments, jnp.bfloat16, *scale))
+    out = gpu.grouped_swiglu(*arguments, tuning=SMALL, interpret=params)
+    expected = reference.grouped_swiglu(*arguments).astype(jnp.float32)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-7, atol=1e-30)
 
 
 def test_swiglu_equals_the_reference() -> None:
@@ -101,6 +117,19 @@ def test_ragged_dot_equals_the_reference(dtype: Any) -> None:
     np.testing.assert_array_equal(
         ragged.grouped_matmul(x, w, layer, group_sizes, scale, out_dtype=dtype),
         reference.grouped_matmul(x, w, layer, group_sizes, dtype, scale),
+    )
+    np.testing.assert_array_equal(
+        ragged.grouped_swiglu(x, w, layer, group_sizes), reference.grouped_swiglu(x, w, layer, group_sizes)
+    )
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=NAMES)
+def test_ragged_dot_with_8_bit_weights_equals_the_reference(stored: Any) -> None:
+    x, w, layer, group_sizes = operands([3, 0, 40, 1], 6, 10, stored=stored)
+    x, scale = x.astype(jnp.float32), jnp.arange(44.0)
+    np.testing.assert_array_equal(
+        ragged.grouped_matmul(x, w, layer, group_sizes, scale, out_dtype=jnp.float32),
+        reference.grouped_matmul(x, w, layer, group_sizes, jnp.float32, scale),
     )
     np.testing.assert_array_equal(
         ragged.grouped_swiglu(x, w, layer, group_sizes), reference.grouped_swiglu(x, w, layer, group_sizes)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.quantized import DTYPES
 from kernels_pallas.skinny_matmul import gpu, project_add, reference
+from tests.kernels.eight_bits import NAMES, dequantised, random_weights
 
 LAYERS = 2
 
@@ -23,6 +25,25 @@ def test_partial_products_add_up(M: int, D: int, N: int, dtype: Any) -> None:
     x, w = integers(M, D, dtype=dtype), integers(LAYERS, D, N, dtype=dtype, seed=1)
     sums = gpu.partial_products(x, (w,), 1, interpret=True)
     np.testing.assert_array_equal(sums.sum(0), np.asarray(x, np.float64) @ np.asarray(w[1], np.float64))
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=NAMES)
+@pytest.mark.parametrize(("M", "dtype"), [(1, jnp.bfloat16), (3, jnp.float32)])
+def test_8_bit_weights_are_scaled_by_channel(M: int, dtype: Any, stored: Any) -> None:
+    """Beside matrices that are stored wide; more parts than one, and tiles that reach beyond the columns."""
+    x, gate = integers(M, 1024, dtype=dtype), integers(LAYERS, 1024, 6, dtype=dtype, seed=1)
+    w = random_weights((LAYERS, 1024, 3, 24), stored, 1)
+    sums = gpu.partial_products(x, (gate, w), 1, interpret=True).sum(0)
+    matrices = [np.asarray(gate, np.float64)[1], dequantised(w, 1)[1].reshape(1024, 72)]
+    expected = np.asarray(x, np.float64) @ np.concatenate(matrices, axis=1)
+    np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    residual = integers(M, 72, dtype=dtype, seed=2)
+    flat = w._replace(values=w.values.reshape(LAYERS, 1024, 72), scale=w.scale.reshape(LAYERS, 72))
+    out = gpu.project_add(x, flat, jnp.int32(1), residual, interpret=True)
+    wanted = reference.project_add(x, flat, 1, residual)
+    assert out.dtype == wanted.dtype == dtype
+    tolerance = 2**-7 if dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(out.astype(jnp.float32), wanted.astype(jnp.float32), rtol=tolerance, atol=1e-4)
 
 
 @pytest.mark.parametrize("M", [1, 3])
