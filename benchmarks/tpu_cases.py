@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu.floors import WEIGHT_BYTES, Work, experts_read
 from benchmarks.published import CONFIG
+from kernels_pallas.quantized import DTYPES, Quantized
 from keye_jax import KeyeConfig, ops
 from keye_jax.cache import abstract_cache
 from keye_jax.config import IndexerDtype
@@ -19,6 +20,7 @@ from keye_jax.params import abstract_params
 CONTEXT = 262144
 """Slots of the cache; the calls are the last of a sequence that fills it."""
 CHUNK, PATCHES, FRAME = 512, 8192, 256
+DEVICES = 8
 LAYERS = 2
 """Of the stacks that the kernels read from: few, so that the smallest chip holds four rows of cache. Kernels take any
 number of layers; the whole model is compiled by `benchmarks.tpu_aot`."""
@@ -44,6 +46,9 @@ def cases() -> Iterator[Case]:
     config = _config("fp8")
     yield from _attention(config)
     yield from _experts(config)
+    yield from _experts_of_a_device(config)
+    for stored in DTYPES:
+        yield from _experts(config, stored)
     yield _vision(config)
 
 
@@ -103,25 +108,52 @@ def _attention(config: KeyeConfig) -> Iterator[Case]:
         )
 
 
-def _experts(config: KeyeConfig) -> Iterator[Case]:
+def _stored(w: Any, stored: Any) -> Any:
+    """Expert matrices [L, E, D, F] of 8 bits, or as they are."""
+    if stored is None:
+        return w
+    scale: Any = _array((*w.shape[:2], w.shape[3]), jnp.float32)
+    values: Any = _array(w.shape, stored)
+    return Quantized(values, scale)
+
+
+def _experts(config: KeyeConfig, stored: Any = None) -> Iterator[Case]:
     t, work = config.text, Work(config)
     layers = abstract_params(config, DTYPE)["text"]["layers"]
-    moe, D, F, E, k = layers["moe"], t.hidden_size, t.moe_intermediate_size, t.num_experts, t.num_experts_per_tok
+    D, F, E, k = t.hidden_size, t.moe_intermediate_size, t.num_experts, t.num_experts_per_tok
+    gate_up, down = (_stored(layers["moe"][name], stored) for name in ("gate_up_proj", "down_proj"))
+    kept = "" if stored is None else f", {'int8' if stored == jnp.int8 else 'fp8'}"
+    weight_bytes = gate_up.dtype.itemsize
     rows, sizes = CHUNK * k, _array((E,), jnp.int32)
     flops = work.expert_flops(CHUNK)
-    shape = f"{CHUNK} x {k} of {E} experts"
-    read = WEIGHT_BYTES * (2 * E * D * F + 2 * rows * D + rows * F)
-    args = (_array((rows, D)), moe["gate_up_proj"], _SCALAR, sizes)
+    shape = f"{CHUNK} x {k} of {E} experts{kept}"
+    read = weight_bytes * 2 * E * D * F + WEIGHT_BYTES * (2 * rows * D + rows * F)
+    args = (_array((rows, D)), gate_up, _SCALAR, sizes)
     yield Case("grouped_swiglu", shape, ops.grouped_swiglu, args, flops * 2 / 3, float(read))
-    read = WEIGHT_BYTES * (E * D * F + 2 * rows * F + rows * D)
-    args = (_array((rows, F)), moe["down_proj"], _SCALAR, sizes, _array((rows,), jnp.float32))
+    read = weight_bytes * E * D * F + WEIGHT_BYTES * (2 * rows * F + rows * D)
+    args = (_array((rows, F)), down, _SCALAR, sizes, _array((rows,), jnp.float32))
     yield Case("grouped_matmul", shape, _down, args, flops / 3, float(read))
     step = partial(ops.moe_step, k=k, renormalise=t.norm_topk_prob, eps=t.rms_norm_eps)
     for batch in (1, 8):
-        weights = (layers["post_attention_layernorm"], moe["router"], moe["gate_up_proj"], moe["down_proj"], _SCALAR)
-        read = experts_read(config, batch) * work.expert_weights * WEIGHT_BYTES
+        weights = (layers["post_attention_layernorm"], layers["moe"]["router"], gate_up, down, _SCALAR)
+        read = experts_read(config, batch) * work.expert_weights * weight_bytes
         args = (_array((batch, D)), *weights)
-        yield Case("moe_step", f"{batch} x {k} of {E} experts", step, args, work.expert_flops(batch), read)
+        yield Case("moe_step", f"{batch} x {k} of {E} experts{kept}", step, args, work.expert_flops(batch), read)
+
+
+def _experts_of_a_device(config: KeyeConfig) -> Iterator[Case]:
+    """A decode step's experts where eight devices share them: what an even share reads."""
+    t, work = config.text, Work(config)
+    moe = abstract_params(config, DTYPE)["text"]["layers"]["moe"]
+    k, count = t.num_experts_per_tok, t.num_experts // DEVICES
+    stacks = [_array((w.shape[0], count, *w.shape[2:])) for w in (moe["gate_up_proj"], moe["down_proj"])]
+    for batch in (1, 8):
+        h, pairs = (batch, t.hidden_size), (batch, k)
+        args = (_array(h), *stacks, _SCALAR, _array(pairs, jnp.int32), _array(pairs, jnp.float32))
+        args = (*args, _array(h, jnp.float32))
+        read = experts_read(config, batch) * work.expert_weights * WEIGHT_BYTES / DEVICES
+        shape = f"{batch} x {k}, {count} of {t.num_experts} experts"
+        yield Case("experts_add", shape, ops.experts_add, args, work.expert_flops(batch) / DEVICES, read)
 
 
 def _down(x: Any, w: Any, layer: Any, sizes: Any, scale: Any) -> Any:

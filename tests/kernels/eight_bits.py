@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +20,16 @@ def random_weights(shape: tuple[int, ...], dtype: Any, *contracted: int, size: f
     scale = size / spread * 2.0 ** rng.uniform(-1, 1, channels)
     rounded = np.round(values) if dtype == jnp.int8 else values
     return Quantized(jnp.asarray(rounded, jnp.float32).astype(dtype), jnp.asarray(scale, jnp.float32))
+
+
+def abstract(shape: tuple[int, ...], dtype: Any, *contracted: int) -> Any:
+    """The shapes of weights that are stored as `dtype`, which may be wide."""
+    values: Any = jax.ShapeDtypeStruct(shape, dtype)
+    if dtype not in DTYPES:
+        return values
+    channels = [n for axis, n in enumerate(shape) if axis not in contracted]
+    scale: Any = jax.ShapeDtypeStruct(channels, jnp.float32)
+    return Quantized(values, scale)
 
 
 def dequantised(w: Quantized, *contracted: int) -> np.ndarray:

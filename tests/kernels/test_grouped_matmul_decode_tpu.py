@@ -1,6 +1,7 @@
 """The TPU bodies of a decode step's experts, interpreted on the CPU, against the references."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul import decode, decode_reference, decode_tpu, decode_tpu_router
+from tests.kernels.eight_bits import abstract
 from tests.kernels.test_grouped_matmul_decode import LAYER, SPREAD, Case, assert_close, spread
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -114,11 +116,19 @@ def test_rows_of_nan_name_experts_that_exist_and_leave_other_rows_alone() -> Non
     np.testing.assert_allclose(actual[::2], expected[::2], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
-def test_programs_for_tpus_at_the_published_sizes(rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "stored"), [(1, jnp.bfloat16), (8, jnp.int8), (64, jnp.bfloat16), (64, jnp.float8_e4m3fn)], ids=str
+)
+def test_programs_for_tpus_at_the_published_sizes(rows: int, stored: Any) -> None:
     S = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     L, D, E, F = 48, 2048, 128, 768
-    args = (S((rows, D)), S((L, D)), S((L, D, E)), S((L, E, D, 2 * F)), S((L, E, F, D)))
+    args = (
+        S((rows, D)),
+        S((L, D)),
+        S((L, D, E)),
+        abstract((L, E, D, 2 * F), stored, 2),
+        abstract((L, E, F, D), stored, 2),
+    )
     layer = jax.ShapeDtypeStruct((), jnp.int32)
 
     step = partial(decode.moe_step, k=8, renormalise=True, eps=1e-6)

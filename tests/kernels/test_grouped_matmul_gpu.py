@@ -17,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from kernels_pallas.grouped_matmul import gpu, gpu_rows, grouped_matmul, grouped_swiglu, ragged, reference, spread_rows
 from kernels_pallas.grouped_matmul.gpu import CONSUMERS, ROWS, Tuning, tile_table
 from kernels_pallas.quantized import DTYPES, Quantized
-from tests.kernels.eight_bits import NAMES
+from tests.kernels.eight_bits import NAMES, abstract
 
 SMALL = Tuning(columns=128, stages=2, blocks=2)
 
@@ -136,11 +136,11 @@ def test_ragged_dot_with_8_bit_weights_equals_the_reference(stored: Any) -> None
     )
 
 
-@pytest.mark.parametrize("D", [64, 48])
-def test_programs_for_gpus_have_no_loop_that_the_host_watches(D: int) -> None:
+@pytest.mark.parametrize(("D", "stored"), [(64, jnp.bfloat16), (48, jnp.bfloat16), (64, jnp.int8)])
+def test_programs_for_gpus_have_no_loop_that_the_host_watches(D: int, stored: Any) -> None:
     S = jax.ShapeDtypeStruct
     x, sizes = S((40, D), jnp.bfloat16), S((3,), jnp.int32)
-    args = (x, S((2, 3, D, 128), jnp.bfloat16), S((), jnp.int32), sizes)
+    args = (x, abstract((2, 3, D, 128), stored, 2), S((), jnp.int32), sizes)
     for f in (partial(grouped_matmul, out_dtype=jnp.float32), grouped_swiglu):
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert "stablehlo.while" not in text

@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, reference, spread_rows, tpu, tpu_rows
+from tests.kernels.eight_bits import abstract
 from tests.kernels.test_grouped_matmul_gpu import operands
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -135,8 +136,10 @@ def test_spread_rows_equals_the_reference(N: int, k: int) -> None:
     np.testing.assert_array_equal(out.astype(jnp.float32), reference.spread_rows(x, positions).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("tokens", [64, 512])
-def test_programs_for_tpus_at_the_published_sizes(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "stored"), [(64, jnp.bfloat16), (512, jnp.bfloat16), (512, jnp.int8), (64, jnp.float8_e4m3fn)], ids=str
+)
+def test_programs_for_tpus_at_the_published_sizes(tokens: int, stored: Any) -> None:
     """Kernels and no loops; lowering checks the kernels' operations and blocks, too."""
     S = jax.ShapeDtypeStruct
     L, E, D, F, M = 48, 128, 2048, 768, tokens * 8
@@ -146,7 +149,7 @@ def test_programs_for_tpus_at_the_published_sizes(tokens: int) -> None:
         hidden = grouped_swiglu(spread_rows(x, positions), up, layer, sizes)
         return grouped_matmul(hidden, down, layer, sizes, x.dtype, scale)
 
-    stacks = S((L, E, D, 2 * F), jnp.bfloat16), S((L, E, F, D), jnp.bfloat16)
+    stacks = abstract((L, E, D, 2 * F), stored, 2), abstract((L, E, F, D), stored, 2)
     args = (S((tokens, D), jnp.bfloat16), S((tokens, 8), jnp.int32), *stacks, layer, sizes, S((M,), jnp.float32))
     text = jax.jit(experts).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.custom_call @tpu_custom_call") == 2
@@ -156,6 +159,7 @@ def test_programs_for_tpus_at_the_published_sizes(tokens: int) -> None:
 def test_supported_shapes() -> None:
     supports = partial(tpu.supports, jnp.zeros((4, 256), jnp.bfloat16))
     assert supports(jnp.zeros((1, 2, 256, 256), jnp.bfloat16), 2)
+    assert supports(abstract((1, 2, 256, 256), jnp.int8, 2), 2)
     assert not supports(jnp.zeros((1, 2, 256, 128), jnp.bfloat16), 2)
     assert not supports(jnp.zeros((1, 2, 256, 256), jnp.float32), 2)
     assert not tpu.supports(jnp.zeros((4, 96)), jnp.zeros((1, 2, 96, 256)), 1)

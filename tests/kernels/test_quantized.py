@@ -12,7 +12,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.grouped_matmul.decode import expert_down, expert_swiglu, experts_add, moe_step
 from kernels_pallas.quantized import DTYPES, Quantized
 from kernels_pallas.skinny_matmul import project_add
-from tests.kernels.eight_bits import NAMES, dequantised, random_weights
+from tests.kernels.eight_bits import NAMES, abstract, dequantised, random_weights
 from tests.kernels.test_decode_inputs import EPS, SMALL, arguments
 
 L, E, D, F, LAYER = 2, 3, 64, 16, 1
@@ -99,15 +99,11 @@ def test_projections_of_a_decode_step(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, jnp.bfloat16], ids=[*NAMES, "bfloat16"])
 def test_a_cpu_widens_only_the_matrices_that_it_multiplies(dtype: Any) -> None:
-    S: Any = jax.ShapeDtypeStruct
+    S = jax.ShapeDtypeStruct
     L, E, D, F = 8, 16, 64, 64
-
-    def stack(*shape: int) -> Any:
-        w = S(shape, dtype)
-        return w if dtype == jnp.bfloat16 else Quantized(w, S((*shape[:2], shape[3]), jnp.float32))
-
+    stacks = abstract((L, E, D, 2 * F), dtype, 2), abstract((L, E, F, D), dtype, 2)
     m, experts = S((2, D), jnp.bfloat16), S((2, 4), jnp.int32)
-    args = (m, stack(L, E, D, 2 * F), stack(L, E, F, D), S((), jnp.int32), experts, S((2, 4), jnp.float32), m)
+    args = (m, *stacks, S((), jnp.int32), experts, S((2, 4), jnp.float32), m)
     used = jax.jit(experts_add).trace(*args).lower(lowering_platforms=("cpu",)).compile().memory_analysis()
     assert used is not None
     assert used.temp_size_in_bytes < 4 * E * F * D  # float32 of one layer's smaller stack

@@ -88,6 +88,7 @@ def test_wrong_shapes_are_refused(x: tuple[int, ...], w: tuple[int, ...], residu
 def test_what_the_gpu_body_takes() -> None:
     x, w = jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((1, 64, 24), jnp.bfloat16)
     assert gpu.supports(x, w)
+    assert gpu.supports(x, w, random_weights(w.shape, jnp.int8, 1))
     assert not gpu.supports(x, w.astype(jnp.float32))
     assert not gpu.supports(jnp.zeros((65, 64), jnp.bfloat16), w)
     assert not gpu.supports(x.astype(jnp.float16), w.astype(jnp.float16))
