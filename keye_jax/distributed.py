@@ -149,7 +149,7 @@ def project_add(
     """`ops.project_add`, `out` [B, H / size, K] and w [L, H / size, K, D] of this device's heads."""
     if heads.size == 1:
         return ops.project_add(out, w, layer, residual)
-    own = jax.tree.map(lambda array: array[layer], w)
+    own = ops.pick(w, layer)
     product = heads.sum(ops.einsum_f32("bhk,hkd->bd", out, ops.values_of(own, out.dtype)))
     return residual + ops.scaled(product, own).astype(residual.dtype)
 

@@ -11,7 +11,7 @@ from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
 from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
-from kernels_pallas.quantized import Quantized, scaled, values_of
+from kernels_pallas.quantized import Quantized, pick, scaled, values_of
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
@@ -37,6 +37,7 @@ __all__ = [
     "layer_norm",
     "moe_step",
     "norm_route",
+    "pick",
     "plain_layer_norm",
     "project_add",
     "quantise",

@@ -147,6 +147,7 @@ def test_decoding_gives_the_tokens_that_the_whole_forward_pass_finds_best(
     assert found[-len(new) - 1 : -1].argmax(-1).tolist() == new
 
 
+@pytest.mark.slow
 def test_several_devices_answer_what_one_does(
     models: dict[str, KeyeVL], golden_batch: dict[str, Any], answered: Any
 ) -> None:
