@@ -21,7 +21,7 @@ _EXAMPLES = """examples:
   python -m runtime.generate BUNDLE --video clip.mp4 --prompt "What happens in this video?"
   python -m runtime.generate BUNDLE --image a.jpg --image b.png --prompt "What differs?" --json
   python -m runtime.generate BUNDLE --messages conversation.json --temperature 0.6 --seed 1
-  python -m runtime.generate gs://bucket/BUNDLE --prompt "Hello" --coordinator host0:8476 --num-processes 2 --process-id 1
+  python -m runtime.generate gs://bucket/BUNDLE --prompt "Hi" --coordinator host0:8476 --num-processes 2 --process-id 1
 """
 
 
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="made by `python -m convert`: a folder, or gs://... or s3://...")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="made by `python -m convert`: a folder, or gs://... or s3://..."
+    )
     add_request_arguments(parser)
     output = parser.add_argument_group("generation (unset: the checkpoint's generation_config.json, else greedy)")
     output.add_argument("--max-new-tokens", type=int, metavar="N", help="default 1024, or what the context has left")
@@ -87,9 +89,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     from runtime.progress import ProgressLine
 
     progress = ProgressLine(None if processes.index == 0 else io.StringIO())
-    engine = Engine.open(
-        args.bundle, progress=progress, devices=args.devices, preset=args.preset, processes=processes
-    )
+    engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset, processes=processes)
     prompt = prepare_request(engine.processor, args, progress)
     progress.close()
     generation = engine.generate_prompt(prompt, max_new_tokens=args.max_new_tokens, sampling=_sampling(engine, args))

@@ -1,9 +1,9 @@
 """Several processes that run one program on one prompt, each with its own devices: JAX's multi-controller way.
 
-`jax.distributed` joins them. What they must agree on besides arrays goes through the store of JAX's coordination service,
-which process 0 hosts: process 0's bytes for all (`shared`), and the one end of the run. A thread in each process looks for
-that end, so that an error or Ctrl-C anywhere ends all of them, wherever they are, with one exit code. A process that dies
-without a word is noticed by JAX, which ends the others after HEARTBEAT_SECONDS, or at once if it was process 0.
+`jax.distributed` joins them. What they must agree on besides arrays goes through the store of JAX's coordination
+service, which process 0 hosts: process 0's bytes for all (`shared`), and the one end of the run. A thread in each process
+looks for that end, so that an error or Ctrl-C anywhere ends all of them, wherever they are, with one exit code. A process
+that dies without a word is noticed by JAX, which ends the others after HEARTBEAT_SECONDS, or at once if it was process 0.
 """
 
 import contextlib

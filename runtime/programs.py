@@ -189,7 +189,7 @@ class Programs:
 
 
 def choose_devices(count: int | None) -> list[Any]:
-    """The `jax.Device`s that a model is spread over: `count` of them, or all of all processes, or one process's one CPU.
+    """The `jax.Device`s that a model is spread over: `count` of them, or all of all processes, or the one CPU of one.
 
     Raises:
         InputError: there are not so many, or a process would have none.
@@ -202,7 +202,9 @@ def choose_devices(count: int | None) -> list[Any]:
         raise InputError(f"--devices {count} must be from 1 to {len(devices)}, the devices of {owner}")
     idle = set(range(jax.process_count())) - {device.process_index for device in devices[:count]}
     if idle:
-        raise InputError(f"--devices {count} leaves process {min(idle)} without one; use more, or start fewer processes")
+        raise InputError(
+            f"--devices {count} leaves process {min(idle)} without one; use more, or start fewer processes"
+        )
     return devices[:count]
 
 

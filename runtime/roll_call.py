@@ -1,8 +1,8 @@
 """Who is there: process 0 hears from every other process before JAX joins them, and all learn which are missing.
 
-JAX cannot say it. With a process missing, `jax.distributed.initialize` of 0.10 to 0.12 ends those present from C++ with a
-stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each process says
-one line, `keye-jax 2 of 4`, and hears one: `all are here`, `missing 1,3` or `refused REASON`. After that JAX does the rest.
+JAX does not say it: with a process missing, `jax.distributed.initialize` (0.10.2 and 0.12.0) ends those present from C++,
+with a stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each
+process says one line, `keye-jax 2 of 4`, and hears one: `all are here`, `missing 1,3` or `refused REASON`.
 """
 
 import contextlib
@@ -104,7 +104,10 @@ def _report(host: str, port: int, count: int, index: int, timeout: float) -> lis
     """The others: finds process 0 and hears its word."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), port), _LINE_SECONDS) as connection:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host.strip("[]"), port), _LINE_SECONDS) as connection,
+        ):
             connection.sendall(f"keye-jax {index} of {count}\n".encode())
             # Process 0 may have come later, and waits as long.
             line = _line(connection, timeout + _SPARE_SECONDS)
