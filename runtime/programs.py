@@ -105,7 +105,9 @@ class Programs:
         """Chunk length for a prompt's prefill; one that the bundle has a graph for, where it suits the prompt."""
         here = [k for k in self._bundle.graphs if k == self._key("prefill", *k.shape)]
         exported = [k.shape[1] for k in here if (k.shape[0], k.shape[2]) == (batch, context)]
-        return buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
+        size = buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
+        # The bundles of several processes may be copies with other graphs.
+        return int(self._processes.shared(str(size).encode))
 
     def param_shardings(self) -> dict[str, Any]:
         """Where weights lie: a tree of the bundle's parameters. Any of the graphs says it."""
@@ -132,6 +134,8 @@ class Programs:
         if key not in self._programs:
             begin = time.perf_counter()
             self._programs[key] = self._compile(key, self._load(key))
+            # Devices that begin give up on those of a process that compiles much longer, having none of it cached.
+            self._processes.wait()
             self.compile_s += time.perf_counter() - begin
         return self._programs[key]
 

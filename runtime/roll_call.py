@@ -1,7 +1,7 @@
 """Who is there: process 0 hears from every other process before JAX joins them, and all learn which are missing.
 
-JAX does not say it: with a process missing, `jax.distributed.initialize` (0.10.2 and 0.12.0) ends those present from C++,
-with a stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each
+JAX does not say it: with a process missing, `jax.distributed.initialize` (0.10.2 and 0.12.0) ends those present from
+C++, with a stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each
 process says one line, `keye-jax 2 of 4`, and hears one: `all are here`, `missing 1,3` or `refused REASON`.
 """
 
