@@ -123,6 +123,8 @@ class Processes:
             code, _ = json.loads(self._store.key_value_try_get(_END))
         if code:
             self._leave(code)
+        # JAX takes the store away when Python ends.
+        self._watch.join()
         return 0
 
     def _look_for_the_end(self) -> None:
@@ -139,14 +141,14 @@ class Processes:
 
     def _leave(self, code: int) -> None:
         """Ends this process at once: its devices may wait for others that have gone, and so would Python's own end."""
-        with contextlib.suppress(RuntimeError):
-            self._store.key_value_set(f"{_END}ed/{self.index}", "")
         deadline = time.monotonic() + _LAST_SECONDS
-        while self.index == 0 and (silent := self._silent()):
-            if time.monotonic() > deadline:
-                print(f"no answer from {', '.join(silent)}", file=sys.stderr)
-                break
-            time.sleep(_POLL_SECONDS)
+        with contextlib.suppress(RuntimeError):
+            self._store.key_value_set(f"{_END}ed/{self.index}", "", True)
+            while self.index == 0 and (silent := self._silent()):
+                if time.monotonic() > deadline:
+                    print(f"no answer from {', '.join(silent)}", file=sys.stderr)
+                    break
+                time.sleep(_POLL_SECONDS)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -214,7 +216,7 @@ def _detected() -> tuple[Any, ...]:
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"this machine seems to be part of a cluster that JAX cannot read ({error!s:.200}); give --coordinator, "
-            "--num-processes and --process-id, the number 1 for this process alone"
+            "--num-processes (1 if this process is alone) and --process-id"
         ) from None
 
 
@@ -245,7 +247,7 @@ def _joined(host: str, port: int, count: int, index: int, devices: Any) -> Proce
 
 
 def _keep_stdout() -> None:
-    """Gives Python's stdout a file descriptor of its own: gloo announces its connections on number 1."""
+    """Gives Python's stdout a file descriptor of its own: gloo and NCCL announce themselves on number 1."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     with open(os.devnull, "w") as nowhere:
