@@ -21,7 +21,7 @@ _EXAMPLES = """examples:
   python -m runtime.generate BUNDLE --video clip.mp4 --prompt "What happens in this video?"
   python -m runtime.generate BUNDLE --image a.jpg --image b.png --prompt "What differs?" --json
   python -m runtime.generate BUNDLE --messages conversation.json --temperature 0.6 --seed 1
-  python -m runtime.generate gs://bucket/BUNDLE --prompt "Hello" --coordinator host0:8476 --num-processes 2 --process-id 1
+  python -m runtime.generate gs://bucket/BUNDLE --prompt "Hi" --coordinator host0:8476 --num-processes 2 --process-id 1
 """
 
 

@@ -1,9 +1,10 @@
 """Several processes that run one program on one prompt, each with its own devices: JAX's multi-controller way.
 
-`jax.distributed` joins them. What they must agree on besides arrays goes through the store of JAX's coordination service,
-which process 0 hosts: process 0's bytes for all (`shared`), and the one end of the run. A thread in each process looks for
-that end, so that an error or Ctrl-C anywhere ends all of them, wherever they are, with one exit code. A process that dies
-without a word is noticed by JAX, which ends the others after HEARTBEAT_SECONDS, or at once if it was process 0.
+`jax.distributed` joins them. What they must agree on besides arrays goes through the store of JAX's coordination
+service, which process 0 hosts: process 0's bytes for all (`shared`), and the one end of the run. A thread in each
+process looks for that end, so that an error or Ctrl-C anywhere ends all of them, wherever they are, with one exit code.
+A process that dies without a word is noticed by JAX, which ends the others after HEARTBEAT_SECONDS, or at once if it
+was process 0.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as dead."""
 
 _CONNECT_SECONDS = 60
+_WAIT_SECONDS = 24 * 3600
+"""Longer than anything takes: what ends waiting is the end of the process that is waited for."""
 _POLL_SECONDS = 0.25
 _LAST_SECONDS = 10.0
 """How long process 0 stays for the others to hear of the end: the store goes with it."""
@@ -37,7 +40,7 @@ _END = "keye-jax/end"
 
 
 class Processes:
-    """The processes of a run, as one of them sees the others. All must call `shared`, `same` and `end` in one order."""
+    """The processes of a run, as one of them sees the others. All must make the same calls in the same order."""
 
     def __init__(self, index: int = 0, count: int = 1, store: Any = None):
         """`store`: the client of JAX's coordination service, where there are several processes."""
@@ -72,6 +75,12 @@ class Processes:
                 # In slices, so that Ctrl-C is heard; an end of process 0 ends this one as well.
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
+
+    def wait(self) -> None:
+        """Returns once all processes have come here."""
+        if self.count > 1:
+            self._calls += 1
+            self._store.wait_at_barrier(f"keye-jax/{self._calls}", _WAIT_SECONDS * 1000)
 
     def same(self, facts: Mapping[str, str]) -> None:
         """Compares what all processes must have alike: what it is → a digest or value.
@@ -114,6 +123,8 @@ class Processes:
             code, _ = json.loads(self._store.key_value_try_get(_END))
         if code:
             self._leave(code)
+        # JAX takes the store away when Python ends.
+        self._watch.join()
         return 0
 
     def _look_for_the_end(self) -> None:
@@ -130,14 +141,14 @@ class Processes:
 
     def _leave(self, code: int) -> None:
         """Ends this process at once: its devices may wait for others that have gone, and so would Python's own end."""
-        with contextlib.suppress(RuntimeError):
-            self._store.key_value_set(f"{_END}ed/{self.index}", "")
         deadline = time.monotonic() + _LAST_SECONDS
-        while self.index == 0 and (silent := self._silent()):
-            if time.monotonic() > deadline:
-                print(f"no answer from {', '.join(silent)}", file=sys.stderr)
-                break
-            time.sleep(_POLL_SECONDS)
+        with contextlib.suppress(RuntimeError):
+            self._store.key_value_set(f"{_END}ed/{self.index}", "", True)
+            while self.index == 0 and (silent := self._silent()):
+                if time.monotonic() > deadline:
+                    print(f"no answer from {', '.join(silent)}", file=sys.stderr)
+                    break
+                time.sleep(_POLL_SECONDS)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -205,7 +216,7 @@ def _detected() -> tuple[Any, ...]:
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"this machine seems to be part of a cluster that JAX cannot read ({error!s:.200}); give --coordinator, "
-            "--num-processes and --process-id, the number 1 for this process alone"
+            "--num-processes (1 if this process is alone) and --process-id"
         ) from None
 
 
@@ -236,7 +247,7 @@ def _joined(host: str, port: int, count: int, index: int, devices: Any) -> Proce
 
 
 def _keep_stdout() -> None:
-    """Gives Python's stdout a file descriptor of its own: gloo announces its connections on number 1."""
+    """Gives Python's stdout a file descriptor of its own: gloo and NCCL announce themselves on number 1."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     with open(os.devnull, "w") as nowhere:

@@ -110,7 +110,9 @@ class Programs:
         """Chunk length for a prompt's prefill; one that the bundle has a graph for, where it suits the prompt."""
         here = [k for k in self._bundle.graphs if k == self._key("prefill", *k.shape)]
         exported = [k.shape[1] for k in here if (k.shape[0], k.shape[2]) == (batch, context)]
-        return buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
+        size = buckets.chunk(prompt_tokens, exported, buckets.chunks(self.platform, self.plain))
+        # The bundles of several processes may be copies with other graphs.
+        return int(self._processes.shared(str(size).encode))
 
     def param_shardings(self) -> dict[str, Any]:
         """Where weights lie: a tree of the bundle's parameters. Any of the graphs says it."""
@@ -137,6 +139,8 @@ class Programs:
         if key not in self._programs:
             begin = time.perf_counter()
             self._programs[key] = self._compile(key, self._load(key))
+            # Devices that begin give up on those of a process that compiles much longer, having none of it cached.
+            self._processes.wait()
             self.compile_s += time.perf_counter() - begin
         return self._programs[key]
 
@@ -195,7 +199,7 @@ class Programs:
 
 
 def choose_devices(count: int | None) -> list[Any]:
-    """The `jax.Device`s that a model is spread over: `count` of them, or all of all processes, or one process's one CPU.
+    """The `jax.Device`s that a model is spread over: `count` of them, or all of all processes, or the one CPU of one.
 
     Raises:
         InputError: there are not so many, or a process would have none.

@@ -1,8 +1,8 @@
 """Who is there: process 0 hears from every other process before JAX joins them, and all learn which are missing.
 
-JAX cannot say it. With a process missing, `jax.distributed.initialize` of 0.10 to 0.12 ends those present from C++ with a
-stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each process says
-one line, `keye-jax 2 of 4`, and hears one: `all are here`, `missing 1,3` or `refused REASON`. After that JAX does the rest.
+JAX does not say it: with a process missing, `jax.distributed.initialize` (0.10.2 and 0.12.0) ends those present from
+C++, with a stack trace, code 134 and no name. So on the coordinator's port, until JAX's own service takes it over, each
+process says one line, `keye-jax 2 of 4`, and hears one: `all are here`, `missing 1,3` or `refused REASON`.
 """
 
 import contextlib

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import runtime.processes
 from runtime.bundle import Bundle
-from runtime.engine import Engine
 from runtime.errors import InputError
 from runtime.generate import main
 from runtime.processes import ALONE, join
-from runtime.sampling import SamplingOptions
 from tests.bundles import copy_without_graphs
-from tests.runtime.media import real_photo
 from tests.runtime.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +37,24 @@ def signalled(*args):
             os.kill(os.getpid(), signal.{signal})
 Executor._steps = signalled
 sys.exit(main())
+"""
+
+# The same engine under a program of one's own: a golden prompt with images and a video.
+GOLDEN_MIXED = """
+import json, sys
+import numpy as np
+from runtime.engine import Engine
+from runtime.processes import join
+
+bundle, root, _, coordinator, _, count, _, index = sys.argv[1:]
+processes = join(coordinator, int(count), int(index))
+from tests.runtime.test_executor import generate, golden_prompt
+
+executor = Engine.load(bundle, processes=processes).executor()
+with np.load(f"{root}/tests/golden/golden.npz", allow_pickle=False) as golden:
+    (row,) = generate(executor, [golden_prompt(golden, "mixed")])
+print(json.dumps({"devices": executor.programs.mesh.size, "tokens": row}))
+sys.exit(processes.end(0))
 """
 
 
@@ -89,35 +105,30 @@ def bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "preset"), [(2, "context"), (4, "expert")])
 def test_several_processes_give_the_golden_tokens_and_only_the_first_speaks(
-    golden: dict[str, np.ndarray], bundle: Path, count: int, preset: str
+    golden: dict[str, np.ndarray], bundle: Path, tmp_path: Path, count: int, preset: str
 ) -> None:
     ids = ",".join(map(str, golden["text_long/input_ids"]))
     command: list[object] = [bundle, "--token-ids", ids, "--max-new-tokens", 16, "--preset", preset, "--json"]
-    first, *others = run_all([command] * count)
+    # The others have a copy of the bundle, of which they write nothing.
+    copy = copy_without_graphs(bundle, tmp_path / "bundle")
+    first, *others = run_all([command, *[[copy, *command[1:]]] * (count - 1)])
     assert first.code == 0, first.err
     assert json.loads(first.out)["token_ids"] == golden["text_long/fp8_on/decode_tokens"].tolist()
     assert "compiling decode" in first.err
     assert others == [Ended(0, "", "")] * (count - 1)
     stored = [key.program for key in Bundle.open(bundle).graphs if key.devices == count]
     assert sorted(stored) == ["decode", "prefill"]
+    assert not Bundle.open(copy).graphs
 
 
 @pytest.mark.slow
-def test_processes_with_two_devices_each_see_a_photograph_as_one_device_does(
-    tiny_engine: Engine, tiny_bundle: Path
+def test_processes_with_two_devices_each_give_the_golden_tokens_of_images_and_video(
+    golden: dict[str, np.ndarray], bundle: Path
 ) -> None:
-    message = [{"type": "image", "image": str(real_photo())}, {"type": "text", "text": "What is this?"}]
-    options = ["--prompt", "What is this?", "--image", real_photo(), "--max-new-tokens", 6, "--temperature", 0]
-    alone = tiny_engine.generate(
-        [{"role": "user", "content": message}], max_new_tokens=6, sampling=SamplingOptions(temperature=0.0)
-    )
-    for _ in alone:
-        pass
-    first, second = run_all([[tiny_bundle, *options, "--json"]] * 2, devices=2)
+    first, second = run_all([[bundle, ROOT]] * 2, programs={0: GOLDEN_MIXED, 1: GOLDEN_MIXED}, devices=2)
     assert first.code == 0, first.err
-    assert "vision-cpu-d4" in first.err
-    assert json.loads(first.out)["token_ids"] == list(alone.result.token_ids)
-    assert second == Ended(0, "", "")
+    for spoken in (first, second):
+        assert json.loads(spoken.out) == {"devices": 4, "tokens": golden["mixed/fp8_on/decode_tokens"].tolist()}
 
 
 @pytest.mark.slow
@@ -132,9 +143,11 @@ def test_a_killed_process_ends_the_other_which_names_it(bundle: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
-def test_ctrl_c_in_one_process_ends_all(bundle: Path, index: int) -> None:
-    command = [bundle, "--token-ids", "5,6,7,8", "--max-new-tokens", 300, "--json"]
-    ended = run_all([command] * 2, programs={index: SIGNALLED.format(signal="SIGINT")})
+def test_ctrl_c_in_one_process_ends_all(bundle: Path, golden_bundle: Path, tmp_path: Path, index: int) -> None:
+    # The other one's bundle has no graphs, from which it would choose another length of chunks.
+    bundles = (bundle, copy_without_graphs(golden_bundle, tmp_path / "bundle"))
+    commands = [[path, "--token-ids", "5,6,7,8", "--max-new-tokens", 300, "--json"] for path in bundles]
+    ended = run_all(commands, programs={index: SIGNALLED.format(signal="SIGINT")})
     assert [process.code for process in ended] == [130, 130]
     if index == 0:
         assert json.loads(ended[0].out)["finish_reason"] == "interrupted"
@@ -147,6 +160,15 @@ def test_a_differing_prompt_is_refused_by_all(bundle: Path) -> None:
     assert [(process.code, process.out) for process in ended] == [(2, ""), (2, "")]
     for process in ended:
         assert "process 1: this process has other prompt tokens than process 0" in process.err
+
+
+def test_a_differing_image_is_refused_by_all(tiny_bundle: Path, tmp_path: Path) -> None:
+    # Of the same size: only pixels differ.
+    for name, colour in (("a.png", "red"), ("b.png", "darkred")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    ended = run_all([[tiny_bundle, "--prompt", "x", "--image", tmp_path / name] for name in ("a.png", "b.png")])
+    assert [(process.code, process.out) for process in ended] == [(2, ""), (2, "")]
+    assert "other images or frames than" in ended[0].err
 
 
 def test_differing_options_are_refused_by_all(bundle: Path) -> None:
@@ -201,7 +223,8 @@ def test_bad_options_are_named(options: tuple[str | None, int | None, int | None
 
 def test_one_process_joins_nothing_and_does_not_load_jax() -> None:
     assert join("localhost:1", 1, 0) is ALONE
-    program = "import sys; from runtime.processes import *; assert join(None, None, None) is ALONE and 'jax' not in sys.modules"
+    program = "import sys; from runtime.processes import ALONE, join; assert join(None, None, None) is ALONE; "
+    program += "assert 'jax' not in sys.modules"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, check=True)
 
