@@ -127,7 +127,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
         shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
         key = graphs.GraphKey(program, "tpu", devices, shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key), device_kind=topology)
+        entry = bundle.add_graph(key, tracer.export(key, chip.abstract_device()), device_kind=topology)
         exported = graphs.load(path, entry)
         sizes = aot.argument_bytes(exported)
         begin = time.perf_counter()
@@ -151,7 +151,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
             seconds=round(time.perf_counter() - begin, 1),
             weight_bytes=sizes[0],
             cache_bytes=0 if program == "vision" else sizes[1],
-            device_bytes=aot.CHIPS[chip][1],
+            device_bytes=chip.memory,
             **measured,
         )
 

@@ -12,6 +12,7 @@ from runtime.graphs import DONATED, GraphKey
 
 if TYPE_CHECKING:
     from jax.export import Exported
+    from jax.sharding import AbstractDevice
 
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -22,14 +23,34 @@ NO_TPU_HERE = {
 """libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips."""
 
 _GIB = 1 << 30
-CHIPS: dict[str, tuple[int, int]] = {
-    "v5e": (1, int(15.75 * _GIB)),
-    "v5p": (1, int(95.74 * _GIB)),
-    "v6e": (1, int(31.25 * _GIB)),
-    "tpu7x": (2, int(94.75 * _GIB)),
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU."""
+
+    kind: str
+    """What JAX calls a device of it."""
+    cores: int
+    """Of a device."""
+    devices: int
+    """That one chip shows itself as."""
+    memory: int
+    """Bytes that the compiler lets a program have on a device: the datasheet's less what the system keeps."""
+
+    def abstract_device(self) -> "AbstractDevice":
+        """A device of it, as JAX describes one that is not here."""
+        from jax.sharding import AbstractDevice
+
+        return AbstractDevice(self.kind, num_cores=self.cores, platform="tpu")
+
+
+CHIPS = {
+    "v5e": Chip("TPU v5 lite", 1, 1, int(15.75 * _GIB)),
+    "v5p": Chip("TPU v5", 2, 1, int(95.74 * _GIB)),
+    "v6e": Chip("TPU v6 lite", 1, 1, int(31.25 * _GIB)),
+    "tpu7x": Chip("TPU7x", 1, 2, int(94.75 * _GIB)),
 }
-"""Chip → devices that one shows itself as, and bytes that the compiler lets a program have on each: the datasheets' 16,
-95 and 32 GB, and half of 192, less what the system keeps."""
 
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\]")
 _BITS = re.compile(r"(?:pred|[a-z]+?(\d+))")
@@ -80,8 +101,8 @@ class Compiled:
     """In the compiled text; one inside a loop stands there once."""
 
 
-def split_topology(name: str) -> tuple[str, int]:
-    """A TPU topology such as "v5e:2x4" → its kind of chip and its number of devices.
+def split_topology(name: str) -> tuple[Chip, int]:
+    """A TPU topology such as "v5e:2x4" → its chips and its number of devices.
 
     Raises:
         InputError: a name of another form, or chips that are not known here.
@@ -91,7 +112,7 @@ def split_topology(name: str) -> tuple[str, int]:
         raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
     if chip not in CHIPS:
         raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(CHIPS)}; use --devices N")
-    return chip, CHIPS[chip][0] * math.prod(map(int, extents.split("x")))
+    return CHIPS[chip], CHIPS[chip].devices * math.prod(map(int, extents.split("x")))
 
 
 def without_chips() -> None:

@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
-    devices = args.devices or 1 if args.topology is None else split_topology(args.topology)[1]
+    chip, devices = (None, args.devices or 1) if args.topology is None else split_topology(args.topology)
     limit = longest if args.context is None else buckets.context(args.context, longest, devices)
 
     from runtime.trace import Tracer
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key)
+        exported = tracer.export(key, chip and chip.abstract_device())
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:

@@ -154,7 +154,7 @@ class Programs:
                 self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
             except InputError as error:
                 raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
-        return self._tracer.export(key)
+        return self._tracer.export(key, self.mesh.abstract_mesh.abstract_device)
 
     def _compile(self, key: GraphKey, exported: Exported) -> Program:
         args = graphs.arguments(exported)

@@ -24,6 +24,8 @@ from runtime.graphs import DONATED, GraphKey
 _CARRIED = 4
 """Results of decode after the cache; prefill has the first of them."""
 
+_GPU = AbstractDevice("NVIDIA H200", num_cores=None, platform="gpu")
+
 _UNSTABLE_CALLS = ("__gpu$xla.gpu.triton",)
 """Kernels whose format jax.export does not promise to keep; a JAX that cannot compile them says how to export again."""
 
@@ -48,8 +50,9 @@ class Tracer:
         self._dtype = jnp.dtype(dtype)
         self._params = abstract_params(self._config, self._dtype)
 
-    def export(self, key: GraphKey) -> export.Exported:
-        """The graph that `key` names: weights sharded over its devices by rule, everything else replicated."""
+    def export(self, key: GraphKey, chip: AbstractDevice | None = None) -> export.Exported:
+        """The graph that `key` names: weights sharded over its devices by rule, everything else replicated. TPU kernels
+        get the sizes of `chip`, or without one those that fit all chips."""
         function, names, rest = getattr(self, f"_{key.program}")(key)
         params: Any = {name: self._params[name] for name in names}
         if names == ("text",):
@@ -57,16 +60,18 @@ class Tracer:
         program = partial(function, config=self._config)
         options: dict[str, Any] = {"donate_argnums": DONATED[key.program]}
         if key.devices > 1:
-            program, options["in_shardings"] = self._spread(program, names, rest, key)
+            program, options["in_shardings"] = self._spread(program, names, rest, key, chip)
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
         make = export.export(jax.jit(program, **options), platforms=[key.platform], disabled_checks=checks)
-        with _target(key):
+        with _target(key, chip):
             return make(params, *rest)
 
-    def _spread(self, program: Any, names: tuple[str, ...], rest: tuple[Any, ...], key: GraphKey) -> tuple[Any, Any]:
+    def _spread(
+        self, program: Any, names: tuple[str, ...], rest: tuple[Any, ...], key: GraphKey, chip: AbstractDevice | None
+    ) -> tuple[Any, Any]:
         """The program over the devices of `key`, and its arguments' shardings: weights and cache as the preset says,
         patches by shares of frames, everything else on every device."""
-        whole, mesh = sharding.WHOLE, _mesh(key)
+        whole, mesh = sharding.WHOLE, _mesh(key, chip)
         program = partial(program, layout=sharding.layout(key.preset, key.devices))
         weights: Any = sharding.param_partitions(self._config, key.preset, key.devices)
         if names == ("text",):
@@ -117,23 +122,22 @@ class Tracer:
 
 
 @contextmanager
-def _target(key: GraphKey) -> Iterator[None]:
+def _target(key: GraphKey, chip: AbstractDevice | None) -> Iterator[None]:
     """Tells the kernels which chip they are lowered for, or keeps them out."""
+    mesh = _mesh(key, chip)
     if key.plain:
         with ops.reference_only():
             yield
-    elif key.platform == "cuda" and key.devices == 1:
-        with jax.sharding.use_abstract_mesh(_mesh(key)):
+    elif mesh.abstract_device is not None and key.devices == 1:
+        with jax.sharding.use_abstract_mesh(mesh):
             yield
     else:
         yield
 
 
-def _mesh(key: GraphKey) -> AbstractMesh:
-    """The graph's devices; on GPUs with the chip that the kernels are lowered for."""
-    if key.platform != "cuda":
-        return sharding.abstract_mesh(key.devices)
-    return sharding.abstract_mesh(key.devices, AbstractDevice("NVIDIA H200", num_cores=None, platform="gpu"))
+def _mesh(key: GraphKey, chip: AbstractDevice | None) -> AbstractMesh:
+    """The graph's devices, with the chip that kernels are lowered for where there is one."""
+    return sharding.abstract_mesh(key.devices, {"cuda": _GPU, "tpu": chip}.get(key.platform))
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
