@@ -27,7 +27,7 @@ from runtime import aot
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
 CONTEXTS = (32768, 131072, 262144)
 """All of them for the smallest slice; what the others need beside weights and cache hardly depends on it."""
-WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}}
+WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"weights": "int8"}}
 """Formats of the weights → options of `convert`."""
 _PATCHES, _CHUNK, _TINY_CONTEXT = 8192, 512, 8192
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -120,7 +120,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
     from runtime.trace import Tracer
 
     bundle = Bundle.open(path)
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format)
     chip, devices = aot.split_topology(topology)
     shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
     for context in contexts:

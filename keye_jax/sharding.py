@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from keye_jax.config import KeyeConfig
 from keye_jax.parallel import ALONE, Axis, Layout
-from keye_jax.params import ParamSpec, map_specs
+from keye_jax.params import ParamSpec, WeightFormat, map_specs
 
 MODEL_AXIS = "model"
 
@@ -62,9 +62,9 @@ def param_partition(spec: ParamSpec, preset: str, devices: int) -> PartitionSpec
     return WHOLE
 
 
-def param_partitions(config: KeyeConfig, preset: str, devices: int) -> dict[str, Any]:
+def param_partitions(config: KeyeConfig, preset: str, devices: int, weights: WeightFormat = "none") -> dict[str, Any]:
     """The tree of partitions of all parameters."""
-    return map_specs(lambda spec: param_partition(spec, preset, devices), config)
+    return map_specs(lambda spec: param_partition(spec, preset, devices), config, weights)
 
 
 def cache_partitions(cache: Mapping[str, Any], preset: str) -> dict[str, PartitionSpec]:

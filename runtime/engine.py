@@ -268,6 +268,7 @@ class Engine:
             **asdict(sampling),
             "stop_ids": stop_ids,
             "dtype": self.bundle.dtype,
+            "weights": self.bundle.weight_format,
             "indexer_dtype": self.bundle.indexer_dtype,
         }
         return Generation(prompt, run, splitter, options)

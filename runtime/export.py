@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     preset = args.preset or PRESETS[0] if devices > 1 else SINGLE
     standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain)
     progress = ProgressLine()
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format)
     keys = [
         GraphKey(program, args.platform, devices, shape, args.plain, preset)
         for program, shape in buckets.all_shapes(limit, standard, batch=args.batch, devices=devices)

@@ -227,7 +227,9 @@ def _exported(bundle: "Bundle", key: GraphKey, chip: aot.Chip | None) -> "Export
         return graphs.load(bundle.path, bundle.graphs[key])
     from runtime.trace import Tracer
 
-    return Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype).export(key, chip and chip.abstract_device())
+    return Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype, bundle.weight_format).export(
+        key, chip and chip.abstract_device()
+    )
 
 
 def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, contexts: Sequence[int]) -> bool:

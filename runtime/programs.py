@@ -151,7 +151,8 @@ class Programs:
                     f"where that is installed, run: {key.export_command(self._bundle.path)}"
                 ) from None
             try:
-                self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
+                b = self._bundle
+                self._tracer = Tracer(b.config, b.dtype, b.indexer_dtype, b.weight_format)
             except InputError as error:
                 raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
         return self._tracer.export(key, self.mesh.abstract_mesh.abstract_device)

@@ -37,18 +37,20 @@ class Tracer:
         config: content of config.json.
         dtype: of weights and activations.
         indexer_dtype: "fp8", "bf16" or "float32".
+        weights: format of the large matrices: "none", "int8" or "fp8".
 
     Raises:
         InputError: a configuration this library does not run.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: str, indexer_dtype: Any):
+    def __init__(self, config: Mapping[str, Any], dtype: str, indexer_dtype: Any, weights: Any):
         try:
             self._config = KeyeConfig.from_hf(config, indexer_dtype=indexer_dtype)
         except ConfigError as error:
             raise InputError(str(error)) from None
         self._dtype = jnp.dtype(dtype)
-        self._params = abstract_params(self._config, self._dtype)
+        self._weights = weights
+        self._params = abstract_params(self._config, self._dtype, weights)
 
     def export(self, key: GraphKey, chip: AbstractDevice | None = None) -> export.Exported:
         """The graph that `key` names: weights sharded over its devices by rule, everything else replicated. TPU kernels
@@ -73,7 +75,7 @@ class Tracer:
         patches by shares of frames, everything else on every device."""
         whole, mesh = sharding.WHOLE, _mesh(key, chip)
         program = partial(program, layout=sharding.layout(key.preset, key.devices))
-        weights: Any = sharding.param_partitions(self._config, key.preset, key.devices)
+        weights: Any = sharding.param_partitions(self._config, key.preset, key.devices, self._weights)
         if names == ("text",):
             slots = sharding.cache_partitions(rest[0], key.preset)
             partitions, results = (weights["text"], slots, *[whole] * (len(rest) - 1)), (slots, *[whole] * _CARRIED)

@@ -40,7 +40,7 @@ def compiled(program: str, preset: str) -> tuple[list[Collective], int]:
     is spread: of one layer, where it has layers."""
     shape = (1, CHUNK, CONTEXT) if program == "prefill" else (1, CONTEXT)
     key = GraphKey(program, "cpu", DEVICES, shape, preset=preset)
-    exported = Tracer(CONFIG, "float32", "float32").export(key)
+    exported = Tracer(CONFIG, "float32", "float32", "none").export(key)
     args = arguments(exported)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("model",))
     places = jax.tree.unflatten(exported.in_tree, exported.in_shardings_jax(mesh))[0]
