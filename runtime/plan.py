@@ -251,7 +251,8 @@ def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, 
         f"cache + {activations / _GIB:.2f} GiB activations and copies = {total / _GIB:.2f} GiB"
     )
     fits = total <= target.memory and all(graph.fits for graph in graphs)
-    verdict = "it does not fit" if not fits else "it fits" if len(known) == len(graphs) else "weights and cache fit"
+    known_fit = "it fits" if len(known) == len(graphs) else "weights and cache fit, activations are not known"
+    verdict = known_fit if fits else "it does not fit"
     print(f"{'each ' if several else ''}device: {target.memory / _GIB:.2f} GiB, {verdict}")
     return fits
 
