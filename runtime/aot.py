@@ -161,9 +161,9 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
 def argument_bytes(exported: "Exported") -> tuple[int, ...]:
     """Bytes of each of a graph's arguments on one device, by the shardings in the graph. Needs no device."""
     import jax
-    from jax.sharding import AbstractMesh
+    from jax.sharding import AbstractMesh, AxisType
 
-    mesh = AbstractMesh((exported.nr_devices,), ("model",))
+    mesh = AbstractMesh((exported.nr_devices,), ("model",), axis_types=(AxisType.Auto,))
     places = exported.in_shardings_jax(mesh)
     sizes = [
         math.prod(place.shard_shape(aval.shape) if place else aval.shape) * aval.dtype.itemsize
