@@ -25,12 +25,15 @@ from benchmarks.published import write_published_config
 from runtime import aot
 
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
-CONTEXTS = (32768, 131072, 262144)
-"""All of them for the smallest slice; what the others need beside weights and cache hardly depends on it."""
-WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}}
+CONTEXTS = (262144, 131072, 32768)
+"""The first for every topology, the others for the first alone: what programs need beside weights and cache hardly
+depends on it."""
+WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"weights": "int8"}}
 """Formats of the weights → options of `convert`."""
 _PATCHES, _CHUNK, _TINY_CONTEXT = 8192, 512, 8192
 _MIB, _GIB = 1 << 20, 1 << 30
+Shape = tuple[str, tuple[int, ...]]
+"""A program and its sizes; see `runtime.graphs.SHAPE_NAMES`."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +102,35 @@ def _rows(folder: Path, topologies: tuple[str, ...], *, quick: bool) -> Iterator
     from examples.tiny_checkpoint import tiny_config
 
     published = write_published_config(folder / "published")
-    for weights, options in dict(list(WEIGHTS.items())[:1] if quick else WEIGHTS).items():
-        bundle = convert(published, folder / f"published-{weights}", shapes_only=True, **options)
-        for topology in topologies:
-            contexts = CONTEXTS if topology == TOPOLOGIES[0] and not quick else CONTEXTS[-1:]
-            yield from _compile("published", weights, bundle.path, topology, contexts)
+    formats = WEIGHTS if not quick else {"bf16": WEIGHTS["bf16"]}
+    bundles = {
+        weights: convert(published, folder / f"published-{weights}", shapes_only=True, **options).path
+        for weights, options in formats.items()
+    }
+    for topology in topologies:
+        # The vision tower's weights are in one format only.
+        yield from _compile("published", "bf16", bundles["bf16"], topology, [("vision", (_PATCHES,))])
+        for weights, path in bundles.items():
+            yield from _compile("published", weights, path, topology, _texts(CONTEXTS[0]))
     if quick:
         tiny = folder / "tiny"
         tiny.mkdir()
         (tiny / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
         bundle = convert(tiny, folder / "tiny-bundle", shapes_only=True)
         for topology in topologies:
-            yield from _compile("tiny", "bf16", bundle.path, topology, (_TINY_CONTEXT,))
+            shapes = [("vision", (_PATCHES,)), *_texts(_TINY_CONTEXT)]
+            yield from _compile("tiny", "bf16", bundle.path, topology, shapes)
+    elif TOPOLOGIES[0] in topologies:
+        for weights, path in bundles.items():
+            for context in CONTEXTS[1:]:
+                yield from _compile("published", weights, path, TOPOLOGIES[0], _texts(context))
 
 
-def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequence[int]) -> Iterator[Row]:
+def _texts(context: int) -> list[Shape]:
+    return [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
+
+
+def _compile(model: str, weights: str, path: Path, topology: str, shapes: Sequence[Shape]) -> Iterator[Row]:
     from runtime import graphs
     from runtime.bundle import Bundle
     from runtime.errors import InputError
@@ -122,12 +139,9 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
     bundle = Bundle.open(path)
     tracer = Tracer.of(bundle)
     chip, devices = aot.split_topology(topology)
-    shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
-    for context in contexts:
-        shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
         key = graphs.GraphKey(program, "tpu", devices, shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key, aot.device_of(chip)), device_kind=topology)
+        entry = bundle.add_graph(key, tracer.export(key, chip.abstract_device()), device_kind=topology)
         exported = graphs.load(path, entry)
         sizes = aot.argument_bytes(exported)
         begin = time.perf_counter()
@@ -151,7 +165,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequ
             seconds=round(time.perf_counter() - begin, 1),
             weight_bytes=sizes[0],
             cache_bytes=0 if program == "vision" else sizes[1],
-            device_bytes=aot.CHIPS[chip].memory,
+            device_bytes=chip.memory,
             **measured,
         )
 
@@ -180,16 +194,19 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         f"{'model':<10}{'weights':<8}{'topology':<13}{'context':>9}{'weights':>10}{'cache':>8}{'working':>9}{'total':>8}"
         f"{'device':>8}  (GiB on each device)"
     )
-    for (model, weights, topology), group in groupby(rows, lambda row: (row.model, row.weights, row.topology)):
-        vision, *texts = group
-        for context, pair in groupby(texts, lambda row: row.context):
-            parts = [vision, *pair]
-            held = vision.weight_bytes + parts[1].weight_bytes
-            sizes = held, parts[1].cache_bytes, max(row.working for row in parts)
-            fits = all(row.error is None for row in parts) and sum(sizes) <= vision.device_bytes
-            columns = "".join(f"{size / _GIB:>8.2f}" for size in (*sizes, sum(sizes), vision.device_bytes))
-            start = f"{model:<10}{weights:<8}{topology:<13}{context or 0:>9,}"
-            yield f"{start}  {columns}  {'fits' if fits else 'does not fit'}"
+    towers = {(row.model, row.topology): row for row in rows if row.context is None}
+    texts = [row for row in rows if row.context is not None]
+    for (model, weights, topology, context), pair in groupby(
+        texts, lambda row: (row.model, row.weights, row.topology, row.context)
+    ):
+        parts = [towers[model, topology], *pair]
+        held = parts[0].weight_bytes + parts[-1].weight_bytes
+        sizes = held, parts[-1].cache_bytes, max(row.working for row in parts)
+        device = parts[0].device_bytes
+        fits = all(row.error is None for row in parts) and sum(sizes) <= device
+        columns = "".join(f"{size / _GIB:>8.2f}" for size in (*sizes, sum(sizes), device))
+        start = f"{model:<10}{weights:<8}{topology:<13}{context:>9,}"
+        yield f"{start}  {columns}  {'fits' if fits else 'does not fit'}"
 
 
 if __name__ == "__main__":

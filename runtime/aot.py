@@ -27,24 +27,29 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip."""
+    """A kind of TPU."""
 
     kind: str
     """What JAX calls a device of it."""
-    devices: int
-    """That one chip shows itself as."""
     cores: int
     """Of a device."""
+    devices: int
+    """That one chip shows itself as."""
     memory: int
-    """Bytes that the compiler lets a program have on a device."""
+    """Bytes that the compiler lets a program have on a device: the datasheet's less what the system keeps."""
+
+    def abstract_device(self) -> "AbstractDevice":
+        """A device of it, as JAX describes one that is not here."""
+        from jax.sharding import AbstractDevice
+
+        return AbstractDevice(self.kind, num_cores=self.cores, platform="tpu")
 
 
-# The datasheets' 16, 95 and 32 GB, and half of 192, less what the system keeps.
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 1, 1, int(15.75 * _GIB)),
-    "v5p": Chip("TPU v5", 1, 2, int(95.74 * _GIB)),
+    "v5p": Chip("TPU v5", 2, 1, int(95.74 * _GIB)),
     "v6e": Chip("TPU v6 lite", 1, 1, int(31.25 * _GIB)),
-    "tpu7x": Chip("TPU7x", 2, 1, int(94.75 * _GIB)),
+    "tpu7x": Chip("TPU7x", 1, 2, int(94.75 * _GIB)),
 }
 
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\]")
@@ -96,8 +101,8 @@ class Compiled:
     """In the compiled text; one inside a loop stands there once."""
 
 
-def split_topology(name: str) -> tuple[str, int]:
-    """A TPU topology such as "v5e:2x4" → its kind of chip and its number of devices.
+def split_topology(name: str) -> tuple[Chip, int]:
+    """A TPU topology such as "v5e:2x4" → its chips and its number of devices.
 
     Raises:
         InputError: a name of another form, or chips that are not known here.
@@ -107,14 +112,7 @@ def split_topology(name: str) -> tuple[str, int]:
         raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
     if chip not in CHIPS:
         raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(CHIPS)}; use --devices N")
-    return chip, CHIPS[chip].devices * math.prod(map(int, extents.split("x")))
-
-
-def device_of(chip: str) -> "AbstractDevice":
-    """A device of one of `CHIPS` as JAX describes it: what kernels take their sizes by."""
-    from jax.sharding import AbstractDevice
-
-    return AbstractDevice(CHIPS[chip].kind, num_cores=CHIPS[chip].cores, platform="tpu")
+    return CHIPS[chip], CHIPS[chip].devices * math.prod(map(int, extents.split("x")))
 
 
 def without_chips() -> None:
@@ -163,9 +161,9 @@ def compile_for_topology(key: GraphKey, exported: "Exported", topology: str) -> 
 def argument_bytes(exported: "Exported") -> tuple[int, ...]:
     """Bytes of each of a graph's arguments on one device, by the shardings in the graph. Needs no device."""
     import jax
-    from jax.sharding import AbstractMesh
+    from jax.sharding import AbstractMesh, AxisType
 
-    mesh = AbstractMesh((exported.nr_devices,), ("model",))
+    mesh = AbstractMesh((exported.nr_devices,), ("model",), axis_types=(AxisType.Auto,))
     places = exported.in_shardings_jax(mesh)
     sizes = [
         math.prod(place.shard_shape(aval.shape) if place else aval.shape) * aval.dtype.itemsize

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from runtime.aot import device_of, split_topology
+from runtime.aot import split_topology
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
 from runtime.remote import is_address
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key, None if chip is None else device_of(chip))
+        exported = tracer.export(key, chip and chip.abstract_device())
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:

@@ -13,7 +13,6 @@ from runtime.request import add_request_arguments, prepare_request
 
 if TYPE_CHECKING:
     from jax.export import Exported
-    from jax.sharding import AbstractDevice
 
     from runtime.bundle import Bundle
     from runtime.processor import Prompt
@@ -41,6 +40,8 @@ class Target:
     """Bytes that each device has."""
     compile: Callable[[GraphKey], aot.Memory] | None
     """Raises DoesNotFit; None: there is no compiler for it here."""
+    chip: aot.Chip | None = None
+    """Where it is not here."""
 
     def key(self, program: str, *shape: int) -> GraphKey:
         return GraphKey(program, self.platform, self.devices, shape, self.plain, self.preset)
@@ -158,19 +159,19 @@ def _here(bundle: "Bundle", args: argparse.Namespace, report: Callable[[str], No
 
 
 def _for_topology(
-    bundle: "Bundle", args: argparse.Namespace, chip: str, devices: int, report: Callable[[str], None]
+    bundle: "Bundle", args: argparse.Namespace, chip: aot.Chip, devices: int, report: Callable[[str], None]
 ) -> Target:
     """TPU chips that need not exist."""
     from importlib.util import find_spec
 
     def compiled(key: GraphKey) -> aot.Memory:
         report(f"compiling {key.name}")
-        return aot.compile_for_topology(key, _exported(bundle, key, aot.device_of(chip)), args.topology).memory
+        return aot.compile_for_topology(key, _exported(bundle, key, chip), args.topology).memory
 
     here = find_spec("libtpu") is not None
     if here:
         aot.without_chips()
-    return Target("tpu", devices, _preset(args, devices), False, aot.CHIPS[chip].memory, compiled if here else None)
+    return Target("tpu", devices, _preset(args, devices), False, chip.memory, compiled if here else None, chip)
 
 
 def _preset(args: argparse.Namespace, devices: int) -> str:
@@ -213,12 +214,12 @@ def _measured(bundle: "Bundle", target: Target, key: GraphKey) -> Graph:
             compiled = target.compile(key)
         except DoesNotFit as error:
             remark, fits = str(error), False
-    sizes = aot.argument_bytes(_exported(bundle, key))
+    sizes = aot.argument_bytes(_exported(bundle, key, target.chip))
     weights, cache = sizes[0], 0 if key.program == "vision" else sizes[1]
     return Graph(key, weights, cache, None if compiled is None else compiled.beside(weights + cache), remark, fits)
 
 
-def _exported(bundle: "Bundle", key: GraphKey, chip: "AbstractDevice | None" = None) -> "Exported":
+def _exported(bundle: "Bundle", key: GraphKey, chip: aot.Chip | None) -> "Exported":
     """The bundle's graph, or one made for this plan alone."""
     from runtime import graphs
 
@@ -226,7 +227,7 @@ def _exported(bundle: "Bundle", key: GraphKey, chip: "AbstractDevice | None" = N
         return graphs.load(bundle.path, bundle.graphs[key])
     from runtime.trace import Tracer
 
-    return Tracer.of(bundle).export(key, chip)
+    return Tracer.of(bundle).export(key, chip and chip.abstract_device())
 
 
 def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, contexts: Sequence[int]) -> bool:
@@ -248,7 +249,8 @@ def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, 
         f"cache + {activations / _GIB:.2f} GiB activations and copies = {total / _GIB:.2f} GiB"
     )
     fits = total <= target.memory and all(graph.fits for graph in graphs)
-    verdict = "it does not fit" if not fits else "it fits" if len(known) == len(graphs) else "weights and cache fit"
+    known_fit = "it fits" if len(known) == len(graphs) else "weights and cache fit, activations are not known"
+    verdict = known_fit if fits else "it does not fit"
     print(f"{'each ' if several else ''}device: {target.memory / _GIB:.2f} GiB, {verdict}")
     return fits
 

@@ -158,7 +158,7 @@ def test_a_topology_without_its_compiler_is_planned_by_weights_and_cache(
     out = run(capsys, bundle, *ids, "--topology", "v5e:2x4")
     assert "platform: v5e:2x4, 8 devices" in out
     assert "graph decode-tpu-d8-context-batch1-context262144: not compiled, for want of libtpu" in out
-    assert "each device: 15.75 GiB, weights and cache fit" in out
+    assert "each device: 15.75 GiB, weights and cache fit, activations are not known" in out
     found, tower = gib(out), Bundle.open(bundle).abstract_params()
     vision = sum(leaf.size * 2 for name in ("vision", "projector") for leaf in jax.tree.leaves(tower[name]))
     assert found["weights"] == pytest.approx((10_850 - 3_175) / 1024 + vision / GIB, abs=0.01)
