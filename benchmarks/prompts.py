@@ -24,7 +24,8 @@ _BATCH_PATCHES = 8192
 
 def bundle_model(bundle: Bundle) -> KeyeVL:
     """The model of a bundle, on the default device."""
-    config = KeyeConfig.from_hf(bundle.config, indexer_dtype=bundle.indexer_dtype)
+    indexer_dtype: Any = bundle.indexer_dtype
+    config = KeyeConfig.from_hf(bundle.config, indexer_dtype=indexer_dtype)
     return KeyeVL(config, bundle.load_params())
 
 
