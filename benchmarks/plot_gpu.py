@@ -29,6 +29,8 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "peer": ("transformers, dense", "#c2571a", "^-"),
     "floor": ("floor of the sparse model", "#888888", ":"),
 }
+LABEL_BY = {"dsa_random": (7, 3), "dsa_local": (7, -10), "peer": (-12, 9)}
+"""Points from a curve's end to its last value, where that would lie on another curve's; else to the right of it."""
 
 
 def prefill_points(data: dict[str, Any]) -> dict[str, dict[int, float]]:
@@ -47,7 +49,6 @@ def decode_points(data: dict[str, Any]) -> dict[str, dict[int, float]]:
 
 def draw(points: dict[str, dict[int, float]], title: str, unit: str, path: Path) -> None:
     """Writes one picture, both axes logarithmic."""
-    longest = max(c for curve in points.values() for c in curve)
     figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=160)
     for name, (label, colour, style) in CURVES.items():
         curve = sorted(points.get(name, {}).items())
@@ -55,9 +56,7 @@ def draw(points: dict[str, dict[int, float]], title: str, unit: str, path: Path)
             contexts, values = zip(*curve, strict=True)
             axes.plot(contexts, values, style, color=colour, label=label, linewidth=1.8, markersize=5)
             if name != "floor":
-                # Beside the last point, or below it where the model's own curve goes on.
-                place = (0, -15) if name == "dsa_local" and contexts[-1] < longest else (7, -3)
-                last = f"{values[-1]:.3g}"
+                place, last = LABEL_BY.get(name, (7, -3)), f"{values[-1]:.3g}"
                 axes.annotate(last, curve[-1], place, textcoords="offset points", color=colour, fontsize=8)
     _dress(axes, sorted({c for curve in points.values() for c in curve}))
     axes.set_title(title, loc="left", color=INK, fontsize=11)
@@ -76,7 +75,7 @@ def _dress(axes: Axes, contexts: list[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.09)
+    axes.margins(x=0.09, y=0.09)
     axes.grid(True, which="major", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9)

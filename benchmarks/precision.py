@@ -1,9 +1,11 @@
-"""How far bfloat16 is from float32: `python -m benchmarks.precision CHECKPOINT... [--golden FILE.npz]`.
+"""How far bfloat16 and 8-bit weights are from float32:
+`python -m benchmarks.precision CHECKPOINT... [--golden FILE.npz]`.
 
-Every prompt runs three times with the same tokens: in float32; in float32 with weights rounded to bfloat16 (what
-rounding a checkpoint costs: nothing where it was published in bfloat16); and in bfloat16. The last two are compared
-with the first. A sparse mixture of experts makes discrete choices: where two keys or two experts score almost alike,
-rounding picks the other one and a logit jumps. The overlap of the selected sets shows how much of a difference is that.
+Every prompt runs with the same tokens: in float32; in float32 with weights rounded to bfloat16 (what rounding a
+checkpoint costs: nothing where it was published in bfloat16), to int8 or to fp8; and in bfloat16 with each of them. All
+are compared with the first. A sparse mixture of experts makes discrete choices: where two keys or two experts score
+almost alike, rounding picks the other one and a logit jumps. The overlap of the selected sets shows how much of a
+difference is that.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from keye_jax.cache import CAPACITY_STEP, init_cache
 from keye_jax.config import INDEXER_DTYPES
 from keye_jax.decoder import decoder_layer, embed, lm_head, rope_tables
 from keye_jax.indexer import index_inputs
+from keye_jax.layers import weights_of
 from keye_jax.ops import rms_norm
 from keye_jax.params import map_specs
 
@@ -83,7 +86,7 @@ def run(model: KeyeVL, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
 @partial(jax.jit, static_argnames="config")
 def _trace(text: dict[str, Any], h: jax.Array, positions: jax.Array, config: KeyeConfig) -> tuple[jax.Array, jax.Array]:
     """The decoder in one chunk, with the sets that each layer selects."""
-    T, layers, start = h.shape[1], text["layers"], jnp.zeros(1, jnp.int32)
+    T, layers, start = h.shape[1], weights_of(text["layers"]), jnp.zeros(1, jnp.int32)
     capacity = -(-T // CAPACITY_STEP) * CAPACITY_STEP
     tables = rope_tables(positions, config, h.dtype)
 
@@ -125,7 +128,15 @@ def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     rounded = map_specs(lambda spec: spec.as_dtype(jnp.bfloat16), config)
     low = jax.tree.map(lambda x, dtype: x.astype(dtype), exact.arrays(), rounded)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-    others = {"bfloat16 weights": KeyeVL(config, wide), "bfloat16": KeyeVL(config, low)}
+    load = partial(KeyeVL.from_hf, folder, indexer_dtype=args.indexer_dtype)
+    others = {
+        "bfloat16 weights": KeyeVL(config, wide),
+        "int8 weights": load(dtype="float32", weights="int8"),
+        "fp8 weights": load(dtype="float32", weights="fp8"),
+        "bfloat16": KeyeVL(config, low),
+        "bfloat16, int8 weights": load(dtype="bfloat16", weights="int8"),
+        "bfloat16, fp8 weights": load(dtype="bfloat16", weights="fp8"),
+    }
     prompts = golden_prompts(args.golden, config) if args.golden else [random_prompt(config, args.tokens, args.seed)]
     records = []
     for prompt in prompts:
@@ -142,14 +153,16 @@ def measure(folder: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def _line(record: dict[str, Any]) -> str:
     overlap = record["set_overlap_per_layer"]
     return (
-        f"{record['prompt']:<24} {record['tokens']:>6}  {record['run']:<16} {record['logits_max']:>10.4f} "
+        f"{record['prompt']:<24} {record['tokens']:>6}  {record['run']:<22} {record['logits_max']:>10.4f} "
         f"{record['logits_mean']:>10.5f} {record['same_best_token']:>10.1%}  "
         + (" ".join(f"{x:.3f}" for x in overlap) if overlap else "all keys selected")
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description="bfloat16 against float32")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision", description="bfloat16 and 8-bit weights against float32"
+    )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folder in the official layout")
     parser.add_argument("--golden", type=Path, metavar="NPZ", help="take prompts from here (else random ids)")
     parser.add_argument("--tokens", type=int, default=256, help="length of the random prompt (default 256)")
@@ -157,7 +170,7 @@ def main() -> None:
     parser.add_argument("--indexer-dtype", choices=INDEXER_DTYPES, default="fp8")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"default {RESULTS.name} in benchmarks/results")
     args = parser.parse_args()
-    print(f"{'prompt':<24} {'tokens':>6}  {'run':<16} {'largest':>10} {'mean':>10} {'same best':>10}  set overlap")
+    print(f"{'prompt':<24} {'tokens':>6}  {'run':<22} {'largest':>10} {'mean':>10} {'same best':>10}  set overlap")
     records = [record for folder in args.checkpoints for record in measure(folder, args)]
     report = {
         "command": shlex.join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),

@@ -2,38 +2,35 @@
 [--topology NAME] [--json FILE]`.
 
 The published model (with `--quick` a tiny one too), as bundles without weights, is exported for each topology; every
-graph is read back from its file as a runtime would read it, and compiled by libtpu. The table says what one device
-holds of it. A program that does not fit is a row with the compiler's words. Needs `pip install "keye-jax[tpu]"`
+graph is read back from its file as a runtime would read it, and compiled by libtpu. One table says what each program
+takes of a device, another what the model takes as a whole: weights, cache, and the most that any of its programs
+needs beside them. A program that does not fit is a row with the compiler's words. Needs `pip install "keye-jax[tpu]"`
 and no TPU.
 """
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tpu_host
 from benchmarks.published import write_published_config
+from runtime import aot
 
-# libtpu asks the metadata server of a cloud machine what it runs on, unless it is told; jax would look for chips.
-NO_TPU_HERE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "JAX_PLATFORMS": "cpu",
-}
-TOPOLOGIES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
-_PATCHES, _CHUNK = 8192, 512
-_CONTEXTS = {"tiny": 8192, "published": 262144}
-_MIB = 1 << 20
+TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
+CONTEXTS = (32768, 131072, 262144)
+"""All of them for the smallest slice; what the others need beside weights and cache hardly depends on it."""
+WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}}
+"""Formats of the weights → options of `convert`."""
+_PATCHES, _CHUNK, _TINY_CONTEXT = 8192, 512, 8192
+_MIB, _GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,32 @@ class Row:
     """One program on one topology; sizes are bytes on each device, None where it did not compile."""
 
     model: str
+    weights: str
     topology: str
+    context: int | None
+    """None for vision, which has none."""
     graph: str
     graph_bytes: int
     seconds: float
+    weight_bytes: int
+    """Of the program's own weights: the vision tower's or the decoder's."""
+    cache_bytes: int
+    device_bytes: int
+    """That a device has for programs."""
     arguments: int | None = None
     results: int | None = None
     aliased: int | None = None
     temporaries: int | None = None
     collectives: dict[str, int] | None = None
+    largest_collective: int | None = None
+    """Bytes of the largest operand or result of one."""
     error: str | None = None
+
+    @property
+    def working(self) -> int:
+        """Bytes beside weights and cache."""
+        sizes = [size or 0 for size in (self.arguments, self.results, self.aliased, self.temporaries)]
+        return aot.Memory(*sizes).beside(self.weight_bytes + self.cache_bytes)
 
 
 def main() -> int:
@@ -61,13 +74,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="v5e:2x4 only, and a tiny model as well; all must fit")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")
     args = parser.parse_args()
-    try:
-        libtpu = version("libtpu")
-    except PackageNotFoundError:
-        print('error: libtpu is not installed; pip install "keye-jax[tpu]" (make tpu-aot does)', file=sys.stderr)
+    libtpu = tpu_host.prepare()
+    if libtpu is None:
         return 2
-    os.environ.pop("TPU_LIBRARY_PATH", None)
-    os.environ.update(NO_TPU_HERE)
     rows = []
     print(_HEADER)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +85,9 @@ def main() -> int:
             print(_line(row), flush=True)
             rows.append(row)
             if args.json is not None:
-                _write(args.json, rows, libtpu)
+                tpu_host.write_record(args.json, "benchmarks.tpu_aot", libtpu, rows)
+    for line in _summary(rows):
+        print(line)
     fitting = [row for row in rows if row.error is None]
     print(f"{len(fitting)} of {len(rows)} programs compile")
     # What --quick compiles fits; beyond it, finding out what does not is the purpose.
@@ -87,70 +98,98 @@ def _rows(folder: Path, topologies: tuple[str, ...], *, quick: bool) -> Iterator
     from convert.convert import convert
     from examples.tiny_checkpoint import tiny_config
 
-    sources = {"published": write_published_config(folder / "published")}
+    published = write_published_config(folder / "published")
+    for weights, options in dict(list(WEIGHTS.items())[:1] if quick else WEIGHTS).items():
+        bundle = convert(published, folder / f"published-{weights}", shapes_only=True, **options)
+        for topology in topologies:
+            contexts = CONTEXTS if topology == TOPOLOGIES[0] and not quick else CONTEXTS[-1:]
+            yield from _compile("published", weights, bundle.path, topology, contexts)
     if quick:
         tiny = folder / "tiny"
         tiny.mkdir()
         (tiny / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
-        sources["tiny"] = tiny
-    for model, source in sources.items():
-        bundle = convert(source, folder / f"{model}-bundle", shapes_only=True)
+        bundle = convert(tiny, folder / "tiny-bundle", shapes_only=True)
         for topology in topologies:
-            yield from _compile(model, bundle.path, topology, _CONTEXTS[model])
+            yield from _compile("tiny", "bf16", bundle.path, topology, (_TINY_CONTEXT,))
 
 
-def _compile(model: str, path: Path, topology: str, context: int) -> Iterator[Row]:
-    from runtime import aot, graphs
+def _compile(model: str, weights: str, path: Path, topology: str, contexts: Sequence[int]) -> Iterator[Row]:
+    from runtime import graphs
     from runtime.bundle import Bundle
     from runtime.errors import InputError
-    from runtime.export import topology_devices
     from runtime.trace import Tracer
 
     bundle = Bundle.open(path)
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    tracer = Tracer.of(bundle)
+    chip, devices = aot.split_topology(topology)
     shapes: list[tuple[str, tuple[int, ...]]] = [("vision", (_PATCHES,))]
-    shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
+    for context in contexts:
+        shapes += [("prefill", (1, _CHUNK, context)), ("decode", (1, context))]
     for program, shape in shapes:
-        key = graphs.GraphKey(program, "tpu", topology_devices(topology), shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key), device_kind=topology)
+        key = graphs.GraphKey(program, "tpu", devices, shape, preset=graphs.PRESETS[0])
+        entry = bundle.add_graph(key, tracer.export(key, aot.device_of(chip)), device_kind=topology)
+        exported = graphs.load(path, entry)
+        sizes = aot.argument_bytes(exported)
         begin = time.perf_counter()
         measured: dict[str, Any]
         try:
-            compiled = aot.compile_for_topology(key, graphs.load(path, entry), topology)
-            measured = {**asdict(compiled.memory), "collectives": dict(compiled.collectives)}
+            compiled = aot.compile_for_topology(key, exported, topology)
+            measured = {
+                **asdict(compiled.memory),
+                "collectives": dict(Counter(one.kind for one in compiled.collectives)),
+                "largest_collective": max((one.bytes for one in compiled.collectives), default=0),
+            }
         except InputError as error:
             measured = {"error": str(error)}
-        seconds = round(time.perf_counter() - begin, 1)
-        yield Row(model, topology, key.name, entry.bytes, seconds, **measured)
+        yield Row(
+            model=model,
+            weights=weights,
+            topology=topology,
+            context=None if program == "vision" else shape[-1],
+            graph=key.name,
+            graph_bytes=entry.bytes,
+            seconds=round(time.perf_counter() - begin, 1),
+            weight_bytes=sizes[0],
+            cache_bytes=0 if program == "vision" else sizes[1],
+            device_bytes=aot.CHIPS[chip].memory,
+            **measured,
+        )
 
 
 _HEADER = (
-    f"{'model':<10}{'topology':<13}{'graph':<52}{'arguments':>10}{'results':>9}{'aliased':>9}{'temp':>9}"
+    f"{'model':<10}{'weights':<8}{'topology':<13}{'graph':<52}{'arguments':>10}{'results':>9}{'aliased':>9}{'temp':>9}"
     f"{'compile':>9}  collectives (MiB on each device)"
 )
 
 
 def _line(row: Row) -> str:
-    start = f"{row.model:<10}{row.topology:<13}{row.graph:<52}"
+    start = f"{row.model:<10}{row.weights:<8}{row.topology:<13}{row.graph:<52}"
     if row.error is not None:
         return f"{start}{row.seconds:>46.1f} s  does not fit or compile: {row.error}"
     sizes = (row.arguments, row.results, row.aliased, row.temporaries)
     columns = "".join(f"{(size or 0) / _MIB:>{10 if n == 0 else 9},.1f}" for n, size in enumerate(sizes))
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted((row.collectives or {}).items()))
-    return f"{start}{columns}{row.seconds:>7.1f} s  {kinds or 'none'}"
+    largest = f", the largest {(row.largest_collective or 0) / _MIB:.2f}" if kinds else ""
+    return f"{start}{columns}{row.seconds:>7.1f} s  {kinds or 'none'}{largest}"
 
 
-def _write(path: Path, rows: list[Row], libtpu: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "command": shlex.join(["python", "-m", "benchmarks.tpu_aot", *sys.argv[1:]]),
-        "jax": version("jax"),
-        "libtpu": libtpu,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def _summary(rows: Sequence[Row]) -> Iterator[str]:
+    """The models as wholes: vision's and the decoder's weights stay on the device while either runs."""
+    yield ""
+    yield (
+        f"{'model':<10}{'weights':<8}{'topology':<13}{'context':>9}{'weights':>10}{'cache':>8}{'working':>9}{'total':>8}"
+        f"{'device':>8}  (GiB on each device)"
+    )
+    for (model, weights, topology), group in groupby(rows, lambda row: (row.model, row.weights, row.topology)):
+        vision, *texts = group
+        for context, pair in groupby(texts, lambda row: row.context):
+            parts = [vision, *pair]
+            held = vision.weight_bytes + parts[1].weight_bytes
+            sizes = held, parts[1].cache_bytes, max(row.working for row in parts)
+            fits = all(row.error is None for row in parts) and sum(sizes) <= vision.device_bytes
+            columns = "".join(f"{size / _GIB:>8.2f}" for size in (*sizes, sum(sizes), vision.device_bytes))
+            start = f"{model:<10}{weights:<8}{topology:<13}{context or 0:>9,}"
+            yield f"{start}  {columns}  {'fits' if fits else 'does not fit'}"
 
 
 if __name__ == "__main__":

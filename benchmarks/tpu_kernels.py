@@ -7,19 +7,14 @@ each kernel's schedule moves (its module's head derives them) and the chips' dat
 """
 
 import argparse
-import json
-import os
-import platform
 import re
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tpu_aot import NO_TPU_HERE
+from benchmarks import tpu_host
 
 _MIB = 1 << 20
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
@@ -73,13 +68,9 @@ def main() -> int:
     parser.add_argument("--chip", choices=tuple(CHIPS), action="append", help="only this one (default: all)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there")
     args = parser.parse_args()
-    try:
-        libtpu = version("libtpu")
-    except PackageNotFoundError:
-        print('error: libtpu is not installed; pip install "keye-jax[tpu]" (make tpu-aot does)', file=sys.stderr)
+    libtpu = tpu_host.prepare()
+    if libtpu is None:
         return 2
-    os.environ.pop("TPU_LIBRARY_PATH", None)
-    os.environ.update(NO_TPU_HERE)
     from benchmarks.tpu_cases import cases
 
     rows = []
@@ -89,7 +80,8 @@ def main() -> int:
             rows.append(_compile(case, chip))
             print(_line(rows[-1]), flush=True)
             if args.json is not None:
-                _write(args.json, rows, libtpu)
+                datasheet = {name: asdict(chip) for name, chip in CHIPS.items()}
+                tpu_host.write_record(args.json, "benchmarks.tpu_kernels", libtpu, rows, datasheet=datasheet)
     failed = [row for row in rows if row.error is not None]
     print(f"{len(rows) - len(failed)} of {len(rows)} compile")
     return 1 if failed else 0
@@ -143,19 +135,6 @@ def _line(row: Row) -> str:
         f"{start}{(row.vmem_bytes or 0) / _MIB:>9.1f}{row.hbm_bytes / 1e6:>10.1f}{row.flops / 1e9:>10.1f}"
         f"{row.floor_us:>10.1f}{(row.temporary_bytes or 0) / _MIB:>10.1f}{row.seconds:>7.1f} s"
     )
-
-
-def _write(path: Path, rows: list[Row], libtpu: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {
-        "command": shlex.join(["python", "-m", "benchmarks.tpu_kernels", *sys.argv[1:]]),
-        "jax": version("jax"),
-        "libtpu": libtpu,
-        "python": platform.python_version(),
-        "datasheet": {name: asdict(chip) for name, chip in CHIPS.items()},
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import numpy as np
 
 from convert.journal import FileEntry, Journal
 from convert.store import OrbaxWriter, describe_files, sync, write_synced
-from keye_jax.checkpoint import Checkpoint, group_bytes, open_checkpoint, read_group, weight_dtype
+from keye_jax.checkpoint import Checkpoint, group_bytes, open_checkpoint, read_group, scratch_bytes, weight_dtype
 from keye_jax.config import IndexerDtype, KeyeConfig, read_config_json
 from keye_jax.params import Path as ParamPath
-from keye_jax.params import StorageGroup, storage_groups
+from keye_jax.params import StorageGroup, WeightFormat, storage_groups
 from runtime.bundle import Bundle, group_folder
 from runtime.errors import InputError
 from runtime.manifest import FORMAT, JOURNAL, MANIFEST, TOKENIZER, VERSION, WEIGHTS, write_manifest
@@ -75,7 +75,7 @@ class _Job:
         return sum(map(self.nbytes, self.groups))
 
     def nbytes(self, group: str) -> int:
-        return sum(spec.nbytes(self.dtype) for spec in self.groups[group].specs.values())
+        return sum(spec.nbytes(self.dtype) for spec in self.groups[group].stored.values())
 
 
 def convert(
@@ -84,6 +84,7 @@ def convert(
     *,
     dtype: str = "bfloat16",
     indexer_dtype: IndexerDtype = "fp8",
+    weights: WeightFormat = "none",
     verify: bool = False,
     shapes_only: bool = False,
     report: Report | None = None,
@@ -92,8 +93,10 @@ def convert(
 
     Args:
         bundle: the folder to make. One that is already complete and made from the same files is left as it is.
-        dtype: "bfloat16" or "float32", of the weights.
+        dtype: "bfloat16" or "float32", of weights and activations.
         indexer_dtype: "fp8", "bf16" or "float32", in which the lightning indexer multiplies.
+        weights: "int8" or "fp8" keeps the text decoder's large matrices with 8 bits and a scale for each output
+            channel, quantised from their values in `dtype`.
         verify: afterwards read checkpoint and bundle again and compare bit for bit.
         shapes_only: describe the weights and store none; only config.json is needed. Such a bundle can be exported
             and planned with on any host, and not run.
@@ -107,7 +110,7 @@ def convert(
     source, target = _folder(hf_dir), _folder(bundle)
     if verify and shapes_only:
         raise InputError("--verify compares weights and --shapes-only stores none; give one of them")
-    job = _prepare(source, dtype, indexer_dtype, shapes_only)
+    job = _prepare(source, dtype, indexer_dtype, weights, shapes_only)
     if _is_complete(target, job):
         if (target / JOURNAL).exists():  # the conversion was killed in its last moment
             (target / JOURNAL).unlink()
@@ -130,7 +133,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype, shapes_only: bool) -> _Job:
+def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype, weights: WeightFormat, shapes_only: bool) -> _Job:
     raw = read_config_json(folder)
     config = KeyeConfig.from_hf(raw, indexer_dtype=indexer_dtype)
     checkpoint = None if shapes_only else open_checkpoint(folder, config)
@@ -142,13 +145,14 @@ def _prepare(folder: Path, dtype: str, indexer_dtype: IndexerDtype, shapes_only:
         "config": config.to_hf(),
         "dtype": weight_dtype(dtype).name,
         "indexer_dtype": indexer_dtype,
+        "weight_format": weights,
         "processor": processor,
         "shapes_only": shapes_only,
     }
     fingerprint = checkpoint.fingerprint if checkpoint else None
     source = [about, fingerprint, {name: _sha256(data) for name, data in copied.items()}]
     about["source"] = _sha256(json.dumps(source, sort_keys=True).encode())
-    return _Job(checkpoint, storage_groups(config), weight_dtype(dtype), copied, about)
+    return _Job(checkpoint, storage_groups(config, weights), weight_dtype(dtype), copied, about)
 
 
 def _read_copied(folder: Path) -> dict[str, bytes]:
@@ -206,7 +210,7 @@ def _manifest(job: _Job, files: list[FileEntry]) -> dict[str, Any]:
     for name, group in job.groups.items():
         arrays = {
             ".".join(path): {"shape": list(spec.shape), "dtype": spec.as_dtype(job.dtype).name}
-            for path, spec in group.specs.items()
+            for path, spec in group.stored.items()
         }
         weights[name] = {"layer": group.layer, "arrays": arrays}
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -284,6 +288,8 @@ def _read_ahead(
     All are read into the same memory: fresh pages cost more time than what is read into them.
     """
     size = max((group_bytes(job.groups[name], job.dtype) for name in names), default=0)
+    # One for all: there is one reader.
+    scratch = np.empty(max((scratch_bytes(job.groups[name], job.dtype) for name in names), default=0), np.uint8)
     buffers = 2 if 2 * size <= _READ_BYTES else 1
     memory = itertools.cycle([np.empty(size, np.uint8) for _ in range(buffers)])
     reads: deque[Future[dict[ParamPath, np.ndarray]]] = deque()
@@ -292,7 +298,8 @@ def _read_ahead(
             # Whoever asks for a group has done with the one before it, so that its memory may be used.
             for later in names[position + len(reads) : position + buffers]:
                 group = job.groups[later]
-                reads.append(pool.submit(read_group, checkpoint, group, job.dtype, memory=next(memory)))
+                lent = {"memory": next(memory), "scratch": scratch}
+                reads.append(pool.submit(read_group, checkpoint, group, job.dtype, **lent))
             yield name, reads.popleft().result()
 
 

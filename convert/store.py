@@ -36,7 +36,7 @@ class OrbaxWriter:
         """
         lent = {path: array.view(_Lent) for path, array in arrays.items()}
         save_args = {}
-        for path, spec in group.specs.items():
+        for path, spec in group.stored.items():
             axes = tuple(position for position, axis in enumerate(spec.axes) if axis in _CHUNKED_AXES)
             save_args[path] = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
         try:

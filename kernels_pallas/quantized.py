@@ -4,16 +4,19 @@ A product with one is `scale * (x @ values)`: the 8-bit values are exact in bflo
 multiplies it before anything is rounded.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+
+DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 
 
 class Quantized(NamedTuple):
     """A matrix, or a stack of them; stands where an array of weights could.
 
     Attributes:
-        values: int8 or float8_e4m3fn, in the layout of the weights it stands for.
+        values: of a dtype of `DTYPES`, in the layout of the weights it stands for.
         scale: float32, that layout without the axes that a product contracts: [..., F] for matrices [..., D, F].
     """
 
@@ -29,8 +32,40 @@ class Quantized(NamedTuple):
     def ndim(self) -> int:
         return self.values.ndim
 
+    @property
+    def dtype(self) -> Any:
+        """As stored."""
+        return self.values.dtype
+
 
 Weights = jax.Array | Quantized
+W = TypeVar("W", bound=Weights)
+
+
+def check_scale(w: Weights, *contracted: int) -> None:
+    """Raises ValueError for 8-bit weights of other dtypes, or with a scale that does not fit.
+
+    Args:
+        contracted: the axes of w that a product contracts.
+    """
+    if not isinstance(w, Quantized):
+        return
+    shape = tuple(size for axis, size in enumerate(w.shape) if axis not in contracted)
+    if w.values.dtype not in DTYPES or w.scale.dtype != jnp.float32 or w.scale.shape != shape:
+        raise ValueError(
+            f"8-bit weights {w.shape} {w.values.dtype} with scale {w.scale.shape} {w.scale.dtype}: must be int8 or "
+            f"float8_e4m3fn, and the scale {shape} float32"
+        )
+
+
+def multiplies(w: Weights, dtype: Any) -> bool:
+    """Whether a product of operands of `dtype` takes w as it is stored."""
+    return isinstance(w, Quantized) or w.dtype == dtype
+
+
+def pick(w: W, *index: Any) -> W:
+    """w[index], of the leading axes: one layer, or one matrix, of a stack."""
+    return jax.tree.map(lambda array: array[index], w)
 
 
 def values_of(w: Weights, dtype: Any) -> jax.Array:

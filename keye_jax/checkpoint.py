@@ -18,7 +18,19 @@ import numpy as np
 from keye_jax.config import KeyeConfig
 from keye_jax.errors import CheckpointError
 from keye_jax.hf_layout import View, expected_rows, is_ignored
-from keye_jax.params import ParamSpec, Path, StorageGroup, flatten, param_specs, unflatten
+from keye_jax.params import (
+    SCALE,
+    VALUES,
+    ParamSpec,
+    Path,
+    StorageGroup,
+    WeightFormat,
+    flatten,
+    kept_as,
+    param_specs,
+    unflatten,
+)
+from keye_jax.quantise import quantise
 from keye_jax.safetensors import Tensor, open_folder
 
 Progress = Callable[[int, int], None]
@@ -68,13 +80,19 @@ class Checkpoint:
 
 
 def load_params(
-    folder: str | os.PathLike[str], config: KeyeConfig, dtype: Any, *, progress: Progress | None = None
+    folder: str | os.PathLike[str],
+    config: KeyeConfig,
+    dtype: Any,
+    *,
+    weights: WeightFormat = "none",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Reads all weights of an official checkpoint folder.
 
     Args:
         dtype: float32 or bfloat16; parameters that the model fixes to float32 stay float32.
-        progress: called with (bytes done, bytes in total) after each array.
+        weights: "int8" or "fp8" keeps the large matrices with 8 bits, quantised from their values in `dtype`.
+        progress: called with (bytes done, bytes in total) after each array; bytes in `dtype`.
 
     Returns:
         The tree of `params.param_specs` with `jax.Array` leaves on the default device.
@@ -89,7 +107,7 @@ def load_params(
     done = 0
     leaves = {}
     for path, spec in specs.items():
-        leaves[path] = _load_leaf(checkpoint, path, spec, dtype)
+        leaves.update(_load_leaf(checkpoint, path, spec, dtype, weights))
         done += spec.nbytes(dtype)
         if progress is not None:
             progress(done, total)
@@ -97,13 +115,19 @@ def load_params(
 
 
 def read_group(
-    checkpoint: Checkpoint, group: StorageGroup, dtype: Any, *, memory: np.ndarray | None = None
+    checkpoint: Checkpoint,
+    group: StorageGroup,
+    dtype: Any,
+    *,
+    memory: np.ndarray | None = None,
+    scratch: np.ndarray | None = None,
 ) -> dict[Path, np.ndarray]:
     """Reads one storage group (see `params.storage_groups`): full path of each parameter → array as stored.
 
     Args:
         memory: bytes `[group_bytes(group, dtype)]` or more for the arrays to lie in, so that groups can be read one
             after another into pages that are there already; new memory without it.
+        scratch: bytes `[scratch_bytes(group, dtype)]` or more, in use until the return.
 
     Raises:
         CheckpointError: see `Checkpoint.fill`.
@@ -112,17 +136,51 @@ def read_group(
     if memory is None:
         memory = np.empty(group_bytes(group, dtype), np.uint8)
     arrays, begin = {}, 0
-    for path, spec in group.specs.items():
+    for path, spec in group.stored.items():
         end = begin + spec.nbytes(dtype)
         arrays[path] = memory[begin:end].view(spec.as_dtype(dtype)).reshape(spec.shape)
-        checkpoint.fill(path, group.layer, arrays[path])
         begin = _aligned(end)
+    for path, spec in group.specs.items():
+        _fill(checkpoint, path, group.layer, spec, arrays, spec.as_dtype(dtype), scratch)
     return arrays
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    path: Path,
+    layer: int | None,
+    spec: ParamSpec,
+    arrays: Mapping[Path, np.ndarray],
+    dtype: np.dtype,
+    scratch: np.ndarray | None = None,
+) -> None:
+    """Reads one parameter (one layer of a stacked one) into what is kept of it; see `params.kept_as`.
+
+    Args:
+        arrays: what to fill, by full path; more are ignored.
+        dtype: of the parameter before it is quantised.
+        scratch: bytes for it, if it is; new memory without them.
+    """
+    if path in arrays:
+        checkpoint.fill(path, layer, arrays[path])
+        return
+    values = arrays[*path, VALUES]
+    if scratch is None:
+        scratch = np.empty(values.size * dtype.itemsize, np.uint8)
+    wide = scratch[: values.size * dtype.itemsize].view(dtype).reshape(values.shape)
+    checkpoint.fill(path, layer, wide)
+    quantise(wide, spec.contracted, values, arrays[*path, SCALE])
 
 
 def group_bytes(group: StorageGroup, dtype: Any) -> int:
     """Bytes of memory that `read_group` puts a group's arrays into."""
-    return sum(_aligned(spec.nbytes(dtype)) for spec in group.specs.values())
+    return sum(_aligned(spec.nbytes(dtype)) for spec in group.stored.values())
+
+
+def scratch_bytes(group: StorageGroup, dtype: Any) -> int:
+    """Bytes of memory that `read_group` needs beside a group's arrays."""
+    quantised = (spec.nbytes(dtype) for path, spec in group.specs.items() if path not in group.stored)
+    return max(quantised, default=0)
 
 
 def open_checkpoint(folder: str | os.PathLike[str], config: KeyeConfig) -> Checkpoint:
@@ -197,19 +255,23 @@ def _copy_rows(view: np.ndarray, values: np.ndarray) -> None:
         view[row : row + len(block)] = block
 
 
-def _load_leaf(checkpoint: Checkpoint, path: Path, spec: ParamSpec, dtype: np.dtype) -> jax.Array:
-    leaf_dtype = spec.as_dtype(dtype)
+def _load_leaf(
+    checkpoint: Checkpoint, path: Path, spec: ParamSpec, dtype: np.dtype, weights: WeightFormat
+) -> dict[Path, jax.Array]:
+    """A parameter, or what is kept of it, by full path."""
+    kept, wide = kept_as(path, spec, weights), spec.as_dtype(dtype)
     if not spec.stacked or spec.nbytes(dtype) <= _HOST_STACK_BYTES:
-        host = np.empty(spec.shape, leaf_dtype)
+        hosts = {name: np.empty(array.shape, array.as_dtype(dtype)) for name, array in kept.items()}
         for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            checkpoint.fill(path, layer, host if layer is None else host[layer])
-        return jax.device_put(host)
-    stack = jnp.zeros(spec.shape, leaf_dtype)
+            own = hosts if layer is None else {name: host[layer] for name, host in hosts.items()}
+            _fill(checkpoint, path, layer, spec, own, wide)
+        return {name: jax.device_put(host) for name, host in hosts.items()}
+    stacks = {name: jnp.zeros(array.shape, array.as_dtype(dtype)) for name, array in kept.items()}
     for layer in range(spec.shape[0]):
-        host = np.empty(spec.shape[1:], leaf_dtype)
-        checkpoint.fill(path, layer, host)
-        stack = _set_layer(stack, host, layer)
-    return stack
+        own = {name: np.empty(array.shape[1:], array.as_dtype(dtype)) for name, array in kept.items()}
+        _fill(checkpoint, path, layer, spec, own, wide)
+        stacks = {name: _set_layer(stack, own[name], layer) for name, stack in stacks.items()}
+    return stacks
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -14,9 +14,9 @@ from keye_jax import distributed, ops
 from keye_jax.cache import Cache, append
 from keye_jax.config import KeyeConfig, indexer_sections
 from keye_jax.indexer import index_inputs
-from keye_jax.layers import project
+from keye_jax.layers import project, weights_of
 from keye_jax.moe import moe
-from keye_jax.ops import einsum_f32, rms_norm, rotate
+from keye_jax.ops import einsum_f32, rms_norm, rotate, scaled, values_of
 from keye_jax.parallel import ALONE, UNDIVIDED, Axis, Layout
 from keye_jax.rope import mrope_tables
 
@@ -72,7 +72,7 @@ def decoder_layer(
     """One layer for a chunk that continues every row at `cache["length"]`.
 
     Args:
-        stack: parameters of all layers, stacked.
+        stack: parameters of all layers, stacked, as `weights_of` gives them.
         layer: int32 scalar, which one.
         h: [B, C, D] residual stream.
         tables: from `rope_tables`.
@@ -133,7 +133,8 @@ def _attention(
     if "selected" in cache:
         cache = {**cache, "selected": cache["selected"] + ops.unpack_bits(bits)}
     out = distributed.attend_bits(q, cache["kv"], layer, bits, start, config.sparse.topk, axis)
-    return heads.sum(einsum_f32("bchk,hkd->bcd", out, attn["o_proj"])).astype(a.dtype), cache
+    product = heads.sum(einsum_f32("bchk,hkd->bcd", out, values_of(attn["o_proj"], a.dtype)))
+    return scaled(product, attn["o_proj"]).astype(a.dtype), cache
 
 
 def decode_layer(
@@ -219,7 +220,7 @@ def decoder(
         Normed hidden states [B, C, D] and the cache, `valid` tokens longer.
     """
     tables = rope_tables(positions, config, h.dtype)
-    layers = params["layers"]
+    layers = weights_of(params["layers"])
 
     one_token = h.shape[1] == 1
     step = decode_layer if one_token else decoder_layer
@@ -237,5 +238,5 @@ def decoder(
 def lm_head(params: dict[str, Any], hidden: jax.Array, vocab: Axis = ALONE) -> jax.Array:
     """Logits [..., V] float32 of normed hidden states [..., D], rounded through the model's dtype as the official
     head is. `vocab`: what the vocabulary is spread over."""
-    logits = project("...d,vd->...v", hidden, params["lm_head"])
+    logits = project("...d,vd->...v", hidden, weights_of(params["lm_head"]))
     return vocab.gather(logits, logits.ndim - 1).astype(jnp.float32)

@@ -143,19 +143,23 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array, ids: jax.Array, ax
     return _merge(*ops.attend_ids_lse(q, kv, layer, ids), axis).astype(q.dtype)
 
 
-def project_add(out: jax.Array, w: jax.Array, layer: jax.Array, residual: jax.Array, heads: Axis) -> jax.Array:
+def project_add(
+    out: jax.Array, w: jax.Array | ops.Quantized, layer: jax.Array, residual: jax.Array, heads: Axis
+) -> jax.Array:
     """`ops.project_add`, `out` [B, H / size, K] and w [L, H / size, K, D] of this device's heads."""
     if heads.size == 1:
         return ops.project_add(out, w, layer, residual)
-    return residual + heads.sum(ops.einsum_f32("bhk,hkd->bd", out, w[layer])).astype(residual.dtype)
+    own = jax.tree.map(lambda array: array[layer], w)
+    product = heads.sum(ops.einsum_f32("bhk,hkd->bd", out, ops.values_of(own, out.dtype)))
+    return residual + ops.scaled(product, own).astype(residual.dtype)
 
 
 def moe_step(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: jax.Array | ops.Quantized,
+    down: jax.Array | ops.Quantized,
     layer: jax.Array,
     k: int,
     renormalise: bool,
@@ -168,8 +172,7 @@ def moe_step(
     m, weights, experts = ops.norm_route(h, norm, router, layer, k, renormalise, eps)
     own, mine = owned(experts, down.shape[1], axis)
     own = jnp.where(mine, own, -1)
-    hidden = ops.expert_swiglu(m, gate_up, layer, own)
-    part = ops.expert_down(hidden, down, layer, own, weights, jnp.zeros(h.shape, jnp.float32))
+    part = ops.experts_add(m, gate_up, down, layer, own, weights, jnp.zeros(h.shape, jnp.float32))
     return h + axis.sum(part).astype(h.dtype)
 
 

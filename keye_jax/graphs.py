@@ -59,9 +59,18 @@ class DecodeState(TypedDict):
     sampling: Sampling
 
 
-def vision(params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: KeyeConfig) -> jax.Array:
-    """See `keye_jax.vision.vision_tokens`."""
-    return vision_tokens(params, patches, grid_thw, config.vision)
+def vision(
+    params: dict[str, Any], patches: jax.Array, grid_thw: jax.Array, config: KeyeConfig, layout: Layout = UNDIVIDED
+) -> jax.Array:
+    """Vision rows; see `keye_jax.vision.vision_tokens`.
+
+    Args:
+        patches, grid_thw: inside `shard_map` this device's share, whole frames with padding of its own behind them.
+
+    Returns:
+        The rows of all shares, one after the other. Gathering them is all that is communicated.
+    """
+    return layout.frames.gather(vision_tokens(params, patches, grid_thw, config.vision), 0)
 
 
 def prefill(
@@ -167,4 +176,4 @@ def explain(
     selected = jnp.zeros((B, C, cache["kv"].shape[2]), jnp.uint8)
     counting = {**cache, "selected": selected}
     _, counted = decoder(params, h, counting, produced["positions"], produced["valid"], config, layout)
-    return {name: counted[name] for name in cache}, counted["selected"]
+    return {name: counted[name] for name in cache}, layout.context.gather(counted["selected"], 2)

@@ -3,7 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from keye_jax.checkpoint import load_params
 from keye_jax.config import IndexerDtype, KeyeConfig
 from keye_jax.decoder import decoder, embed, lm_head
 from keye_jax.ops import reference_only, runs_kernels
-from keye_jax.params import Params, flatten, param_specs, unflatten
+from keye_jax.params import Params, WeightFormat, flatten, param_specs, unflatten
 from keye_jax.vision import vision_tokens
 
 PREFILL_CHUNK = 512
@@ -32,19 +32,21 @@ class KeyeVL(nnx.Module):
         params: nested dictionaries with an `nnx.Param` at every leaf `keye_jax.params.param_specs` declares.
     """
 
-    def __init__(self, config: KeyeConfig, params: Params):
-        """Wraps weights shaped as `param_specs(config)`.
+    def __init__(self, config: KeyeConfig, params: Params, weights: WeightFormat = "none"):
+        """Wraps weights shaped as `param_specs(config, weights)`.
 
         Raises:
-            ValueError: a weight is missing, extra or misshapen.
+            ValueError: a weight is missing, extra, misshapen, or has another dtype where that is declared.
         """
-        given, declared = dict(flatten(params)), dict(flatten(param_specs(config)))
+        given, declared = dict(flatten(params)), dict(flatten(param_specs(config, weights)))
         if given.keys() != declared.keys():
             odd = sorted("/".join(path) for path in given.keys() ^ declared.keys())
             raise ValueError(f"params do not fit the config: {odd[0]} is missing or not declared")
         for path, spec in declared.items():
             if given[path].shape != spec.shape:
                 raise ValueError(f"params: {'/'.join(path)} is {given[path].shape}, declared {spec.shape}")
+            if spec.dtype is not None and given[path].dtype != spec.dtype:
+                raise ValueError(f"params: {'/'.join(path)} is {given[path].dtype}, declared {jnp.dtype(spec.dtype)}")
         self.config = config
         self.params = nnx.data(unflatten({path: nnx.Param(array) for path, array in given.items()}))
 
@@ -55,6 +57,7 @@ class KeyeVL(nnx.Module):
         *,
         dtype: str = "bfloat16",
         indexer_dtype: IndexerDtype | None = None,
+        weights: WeightFormat = "none",
     ) -> "KeyeVL":
         """Reads a checkpoint in the official Hugging Face layout; needs no torch.
 
@@ -62,16 +65,20 @@ class KeyeVL(nnx.Module):
             folder: holds config.json and model*.safetensors.
             dtype: "bfloat16" or "float32", of weights and activations.
             indexer_dtype: "fp8" (default, as the official server), "bf16" or "float32".
+            weights: "int8" or "fp8" keeps the text decoder's large matrices with 8 bits and a scale for each output
+                channel.
 
         Raises:
             ConfigError: config.json is not one this library runs.
             CheckpointError: a tensor is missing, unexpected, misshapen, damaged or not finite.
-            ValueError: unknown dtype.
+            ValueError: unknown dtype or weights.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        if weights not in get_args(WeightFormat):
+            raise ValueError(f"weights {weights!r} is not one of {', '.join(get_args(WeightFormat))}")
         config = KeyeConfig.from_hf(folder, indexer_dtype=indexer_dtype)
-        return cls(config, load_params(folder, config, DTYPES[dtype]))
+        return cls(config, load_params(folder, config, DTYPES[dtype], weights=weights), weights)
 
     def arrays(self) -> dict[str, Any]:
         """The weights as nested dictionaries of `jax.Array`: what the pure functions take."""

@@ -8,7 +8,7 @@ from jax import lax
 
 from keye_jax.config import TextConfig
 from keye_jax.layers import project
-from keye_jax.ops import choose_experts, einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
+from keye_jax.ops import Quantized, choose_experts, einsum_f32, grouped_matmul, grouped_swiglu, spread_rows
 from keye_jax.parallel import ALONE, Axis
 
 COUNTED = 128
@@ -31,7 +31,7 @@ def route(router: jax.Array, m: jax.Array, config: TextConfig) -> tuple[jax.Arra
 
 def moe(
     params: dict[str, Any],
-    stacks: dict[str, jax.Array],
+    stacks: dict[str, jax.Array | Quantized],
     layer: jax.Array | int,
     m: jax.Array,
     config: TextConfig,

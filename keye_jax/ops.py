@@ -5,18 +5,20 @@ from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
 from kernels_pallas.fused_linear import fused_linear, gelu_mlp
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, spread_rows
-from kernels_pallas.grouped_matmul.decode import expert_down, expert_swiglu, moe_step, norm_route
+from kernels_pallas.grouped_matmul.decode import experts_add, moe_step, norm_route
 from kernels_pallas.index_select import scores_at, select_bits, select_ids
 from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
 from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
+from kernels_pallas.quantized import Quantized, scaled, values_of
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
 
 __all__ = [
     "Caches",
+    "Quantized",
     "Tables",
     "Weights",
     "attend_bits",
@@ -26,8 +28,7 @@ __all__ = [
     "choose_experts",
     "decode_inputs",
     "einsum_f32",
-    "expert_down",
-    "expert_swiglu",
+    "experts_add",
     "fused_linear",
     "gelu_mlp",
     "grouped_matmul",
@@ -44,6 +45,7 @@ __all__ = [
     "rotate",
     "round_e4m3",
     "runs_kernels",
+    "scaled",
     "scatter_slots",
     "scores_at",
     "segment_attention",
@@ -52,5 +54,6 @@ __all__ = [
     "sortable",
     "spread_rows",
     "unpack_bits",
+    "values_of",
     "write_slots",
 ]

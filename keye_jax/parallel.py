@@ -62,10 +62,12 @@ class Layout:
     Attributes:
         experts: what experts and the vocabulary are spread over.
         context: what attention heads and the cache's slots are spread over.
+        frames: what images and video frames are spread over.
     """
 
     experts: Axis = ALONE
     context: Axis = ALONE
+    frames: Axis = ALONE
 
 
 UNDIVIDED = Layout()

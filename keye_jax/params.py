@@ -4,6 +4,9 @@ The abstract tree, random initialisation and the check of loaded weights all der
 the decoder's and the vision tower's layers are stacked on a leading "layer" axis in memory (one program serves all
 layers, and kernels take the stack and a layer index) and stored layer by layer on disk.
 
+With 8-bit weights a large matrix of the text decoder is a dictionary {"values", "scale"} in its parameter's place. What
+decides which keys and experts count (router, indexer) keeps its bits, as do lookups, norms and the vision tower.
+
 Dimension letters: V vocabulary, D hidden, L layers, H query heads, G key/value heads, K head width, J index heads,
 I index head width, E experts, F expert width; C vision hidden, M vision MLP, N vision heads, W vision head width.
 """
@@ -12,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +27,32 @@ Params = Mapping[str, Any]
 
 Path = tuple[str, ...]
 
+WeightFormat = Literal["none", "int8", "fp8"]
+"""How the large matrices of the text decoder are kept; "none": in the model's dtype."""
+
+WEIGHT_DTYPES: Mapping[WeightFormat, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+VALUES, SCALE = "values", "scale"
+"""Names of the two arrays that stand for a matrix of 8-bit weights; see `kernels_pallas.quantized`."""
+
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. `dtype` None: the model's dtype. `init`: "normal" (0.02), "ones" or "zeros"."""
+    """One parameter.
+
+    Attributes:
+        axes: logical names, by which arrays are spread over devices.
+        init: "normal" (0.02), "ones" or "zeros".
+        dtype: None: the model's.
+        contracted: axes that a product sums over, counted from the last (-1); a matrix that names them may be kept with
+            8 bits and a scale for each index of its other axes.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
     dtype: Any = None
+    contracted: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -50,12 +70,25 @@ class ParamSpec:
         return math.prod(self.shape) * self.as_dtype(model_dtype).itemsize
 
 
-def param_specs(config: KeyeConfig) -> dict[str, Any]:
+def param_specs(config: KeyeConfig, weights: WeightFormat = "none") -> dict[str, Any]:
     """The whole tree: {"text": ..., "vision": ..., "projector": ...} with `ParamSpec` leaves."""
-    return {
+    tree = {
         "text": _text_specs(config),
         "vision": _vision_specs(config.vision),
         "projector": _projector_specs(config.vision, config.text),
+    }
+    return unflatten({kept: s for path, spec in flatten(tree) for kept, s in kept_as(path, spec, weights).items()})
+
+
+def kept_as(path: Path, spec: ParamSpec, weights: WeightFormat) -> dict[Path, ParamSpec]:
+    """The arrays that stand for a parameter: itself, or 8-bit values and the scale of each output channel."""
+    if weights == "none" or not spec.contracted:
+        return {path: spec}
+    axes = [axis for axis in range(-len(spec.shape), 0) if axis not in spec.contracted]
+    shape, names = tuple(spec.shape[axis] for axis in axes), tuple(spec.axes[axis] for axis in axes)
+    return {
+        (*path, VALUES): ParamSpec(spec.shape, spec.axes, spec.init, WEIGHT_DTYPES[weights]),
+        (*path, SCALE): ParamSpec(shape, names, "ones", jnp.float32),
     }
 
 
@@ -66,10 +99,10 @@ def _text_specs(config: KeyeConfig) -> dict[str, Any]:
     J, I = s.indexer_num_heads, s.indexer_head_dim  # noqa: E741
     E, F = t.num_experts, t.moe_intermediate_size
     attn = {
-        "q_proj": ParamSpec((L, D, H, K), ("layer", "embed", "heads", None)),
-        "k_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None)),
-        "v_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None)),
-        "o_proj": ParamSpec((L, H, K, D), ("layer", "heads", None, "embed")),
+        "q_proj": ParamSpec((L, D, H, K), ("layer", "embed", "heads", None), contracted=(-3,)),
+        "k_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None), contracted=(-3,)),
+        "v_proj": ParamSpec((L, D, G, K), ("layer", "embed", "kv_heads", None), contracted=(-3,)),
+        "o_proj": ParamSpec((L, H, K, D), ("layer", "heads", None, "embed"), contracted=(-3, -2)),
         "q_norm": ParamSpec((L, K), ("layer", None), "ones"),
         "k_norm": ParamSpec((L, K), ("layer", None), "ones"),
     }
@@ -82,10 +115,11 @@ def _text_specs(config: KeyeConfig) -> dict[str, Any]:
         "k_norm": ParamSpec((L, I), ("layer", None), "ones", jnp.float32),
         "k_norm_bias": ParamSpec((L, I), ("layer", None), "zeros", jnp.float32),
     }
+    expert = ("layer", "expert", "expert_in", "expert_out")
     moe = {
         "router": ParamSpec((L, D, E), ("layer", "embed", None)),
-        "gate_up_proj": ParamSpec((L, E, D, 2 * F), ("layer", "expert", "expert_in", "expert_out")),
-        "down_proj": ParamSpec((L, E, F, D), ("layer", "expert", "expert_in", "expert_out")),
+        "gate_up_proj": ParamSpec((L, E, D, 2 * F), expert, contracted=(-2,)),
+        "down_proj": ParamSpec((L, E, F, D), expert, contracted=(-2,)),
     }
     return {
         "embed_tokens": ParamSpec((V, D), ("vocab", "embed")),
@@ -97,7 +131,7 @@ def _text_specs(config: KeyeConfig) -> dict[str, Any]:
             "moe": moe,
         },
         "norm": ParamSpec((D,), (None,), "ones"),
-        "lm_head": ParamSpec((V, D), ("vocab", "embed")),
+        "lm_head": ParamSpec((V, D), ("vocab", "embed"), contracted=(-1,)),
     }
 
 
@@ -172,14 +206,16 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_specs(function: Callable[[ParamSpec], Any], config: KeyeConfig) -> dict[str, Any]:
+def map_specs(
+    function: Callable[[ParamSpec], Any], config: KeyeConfig, weights: WeightFormat = "none"
+) -> dict[str, Any]:
     """A tree of the parameters' shape with `function(spec)` at every leaf."""
-    return unflatten({path: function(spec) for path, spec in flatten(param_specs(config))})
+    return unflatten({path: function(spec) for path, spec in flatten(param_specs(config, weights))})
 
 
-def abstract_params(config: KeyeConfig, dtype: Any) -> dict[str, Any]:
+def abstract_params(config: KeyeConfig, dtype: Any, weights: WeightFormat = "none") -> dict[str, Any]:
     """The tree of `jax.ShapeDtypeStruct`: what tracing and exporting need, without any weights."""
-    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.as_dtype(dtype)), config)
+    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.as_dtype(dtype)), config, weights)
 
 
 def init_params(config: KeyeConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -206,20 +242,27 @@ class StorageGroup:
 
     layer: int | None
     specs: dict[Path, ParamSpec]
+    """As the checkpoint has them."""
+    weights: WeightFormat = "none"
+
+    @property
+    def stored(self) -> dict[Path, ParamSpec]:
+        """As they are written."""
+        return {kept: s for path, spec in self.specs.items() for kept, s in kept_as(path, spec, self.weights).items()}
 
 
-def storage_groups(config: KeyeConfig) -> dict[str, StorageGroup]:
+def storage_groups(config: KeyeConfig, weights: WeightFormat = "none") -> dict[str, StorageGroup]:
     """How weights lie on disk, by group name. No array spans the layer stack, and what a group holds bounds the host
     memory of conversion, so a layer's two large expert arrays are groups of their own (0.8 GB the larger).
     """
     groups: dict[str, StorageGroup] = {}
     for path, spec in flatten(param_specs(config)):
         if not spec.stacked:
-            groups.setdefault(".".join(path[:2]), StorageGroup(None, {})).specs[path] = spec
+            groups.setdefault(".".join(path[:2]), StorageGroup(None, {}, weights)).specs[path] = spec
             continue
         stored = dataclasses.replace(spec, shape=spec.shape[1:], axes=spec.axes[1:])
         alone = f".{path[-1]}" if "expert" in spec.axes else ""
         for layer in range(spec.shape[0]):
             name = f"{path[0]}.{path[1]}.{layer}{alone}"
-            groups.setdefault(name, StorageGroup(layer, {})).specs[path] = stored
+            groups.setdefault(name, StorageGroup(layer, {}, weights)).specs[path] = stored
     return groups

@@ -5,6 +5,8 @@
              for contexts that fit beside the weights
     context  attention heads and the cache's slots are spread as well: a device holds its share of the sequence
 
+Images and video frames are spread in both: a device encodes whole ones, with all of the vision tower's weights.
+
 One mesh axis serves all of them, over the devices of one host or of several. Nothing else names a mesh axis.
 """
 
@@ -17,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 from keye_jax.config import KeyeConfig
 from keye_jax.parallel import ALONE, Axis, Layout
-from keye_jax.params import ParamSpec, map_specs
+from keye_jax.params import ParamSpec, WeightFormat, map_specs
 
 MODEL_AXIS = "model"
 
@@ -49,7 +51,7 @@ def abstract_mesh(devices: int, kind: AbstractDevice | None = None) -> AbstractM
 def layout(preset: str, devices: int) -> Layout:
     """What the model's code must know of a preset."""
     axis = Axis(MODEL_AXIS, devices) if devices > 1 else ALONE
-    return Layout(experts=axis, context=axis if PRESETS[preset].context else ALONE)
+    return Layout(experts=axis, context=axis if PRESETS[preset].context else ALONE, frames=axis)
 
 
 def param_partition(spec: ParamSpec, preset: str, devices: int) -> PartitionSpec:
@@ -60,15 +62,19 @@ def param_partition(spec: ParamSpec, preset: str, devices: int) -> PartitionSpec
     return WHOLE
 
 
-def param_partitions(config: KeyeConfig, preset: str, devices: int) -> dict[str, Any]:
+def param_partitions(config: KeyeConfig, preset: str, devices: int, weights: WeightFormat = "none") -> dict[str, Any]:
     """The tree of partitions of all parameters."""
-    return map_specs(lambda spec: param_partition(spec, preset, devices), config)
+    return map_specs(lambda spec: param_partition(spec, preset, devices), config, weights)
 
 
 def cache_partitions(cache: Mapping[str, Any], preset: str) -> dict[str, PartitionSpec]:
     """Of a cache as `keye_jax.cache` describes it."""
     spread = PartitionSpec(None, None, MODEL_AXIS) if PRESETS[preset].context else WHOLE
     return {name: WHOLE if name == "length" else spread for name in cache}
+
+
+FRAMES = PartitionSpec(MODEL_AXIS)
+"""Of patches and of their grids: each device has a share of whole frames. See `keye_jax.graphs.vision`."""
 
 
 def shardings(partitions: Any, mesh: Any) -> Any:

@@ -68,6 +68,15 @@ def batch_patches(platform: str, plain: bool) -> int:
     return GPU_BATCH_PATCHES if platform == "cuda" and not plain else BATCH_PATCHES
 
 
+def share(total: int, devices: int, most: int) -> int:
+    """Most patches that each device takes of `total` at a time: no call leaves devices idle that it could spare.
+
+    Args:
+        most: of the platform, from `batch_patches`.
+    """
+    return min(most, patches(-(-total // devices)))
+
+
 def chunk(prompt_tokens: int, exported: Sequence[int], standard: Sequence[int]) -> int:
     """Chunk length of a prompt's prefill: of the exported ones the smallest that holds the prompt, else the largest.
 

@@ -19,11 +19,12 @@ from runtime import graphs, remote
 from runtime.errors import InputError
 from runtime.graphs import GraphEntry, GraphKey
 from runtime.manifest import (
+    DTYPES,
     INDEXER_DTYPES,
-    ITEM_BYTES,
     MANIFEST,
     MEND,
     TOKENIZER,
+    WEIGHT_FORMATS,
     WEIGHTS,
     StoredFile,
     StoredGroup,
@@ -57,9 +58,11 @@ class Bundle:
     config: dict[str, Any]
     """The official config.json, as the model library reads it."""
     dtype: str
-    """Of the weights: "bfloat16" or "float32"."""
+    """Of weights and activations: "bfloat16" or "float32"."""
     indexer_dtype: str
     """Number format of the lightning indexer: "fp8", "bf16" or "float32"."""
+    weight_format: str
+    """Of the text decoder's large matrices: "int8" or "fp8", each with float32 scales; "none": they are in `dtype`."""
     processor_settings: dict[str, Any]
     """What `runtime.processor.ProcessorSettings` was made of."""
     source: str
@@ -91,8 +94,9 @@ class Bundle:
         bundle = cls(
             path=root,
             config=typed(manifest, "config", dict),
-            dtype=one_of(manifest, "dtype", tuple(ITEM_BYTES)),
+            dtype=one_of(manifest, "dtype", DTYPES),
             indexer_dtype=one_of(manifest, "indexer_dtype", INDEXER_DTYPES),
+            weight_format=one_of(manifest, "weight_format", WEIGHT_FORMATS),
             processor_settings=typed(manifest, "processor", dict),
             source=typed(manifest, "source", str),
             groups=parse_groups(typed(manifest, "weights", dict)),

@@ -1,10 +1,13 @@
 """`Engine`: a bundle that answers messages. Joins the processor (text, pixels) and the executor (tokens, arrays)."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from runtime import buckets
 from runtime.bundle import Bundle
@@ -12,6 +15,7 @@ from runtime.errors import InputError
 from runtime.explain import Explanation, Part, check_prompt, explain_answer
 from runtime.media_options import ImageOptions, VideoOptions
 from runtime.output import Piece, ThinkingSplitter, ToolCall, parse_tool_calls
+from runtime.processes import ALONE, Processes
 from runtime.processor import Processor, ProcessorSettings, Prompt
 from runtime.sampling import SamplingOptions
 from runtime.tokenizer import Tokenizer
@@ -152,8 +156,10 @@ class Engine:
         progress: Progress | None = None,
         devices: int | None = None,
         preset: str | None = None,
+        processes: Processes = ALONE,
     ):
         self.bundle = bundle
+        self._processes = processes
         self._devices, self._preset = devices, preset
         self._progress = progress or (lambda stage, done, total: None)
         tokenizer = Tokenizer.from_folder(bundle.path) if bundle.tokenizer_path else None
@@ -168,6 +174,7 @@ class Engine:
         progress: Progress | None = None,
         devices: int | None = None,
         preset: str | None = None,
+        processes: Processes = ALONE,
     ) -> "Engine":
         """Opens a bundle without its weights; they load with the first generation.
 
@@ -176,11 +183,12 @@ class Engine:
             progress: told how far long stages are.
             devices: how many to spread the model over; None: all accelerators, or one CPU.
             preset: what is spread over several devices, "context" (default) or "expert".
+            processes: that `runtime.processes.join` has joined; all of them make the same calls.
 
         Raises:
             InputError: not a bundle, or a damaged one.
         """
-        return cls(Bundle.open(bundle), progress, devices, preset)
+        return cls(Bundle.open(bundle), progress, devices, preset, processes)
 
     @classmethod
     def load(
@@ -190,9 +198,10 @@ class Engine:
         progress: Progress | None = None,
         devices: int | None = None,
         preset: str | None = None,
+        processes: Processes = ALONE,
     ) -> "Engine":
         """Opens a bundle and loads its weights. Arguments and errors as in `open`."""
-        engine = cls.open(bundle, progress=progress, devices=devices, preset=preset)
+        engine = cls.open(bundle, progress=progress, devices=devices, preset=preset, processes=processes)
         engine.executor()
         return engine
 
@@ -207,7 +216,7 @@ class Engine:
             compile_cache.enable()
             bundle, settings = self.bundle, self.processor.settings
             report = lambda line: self._progress(line, 0, 0)  # noqa: E731
-            programs = Programs(bundle, report, choose_devices(self._devices), self._preset)
+            programs = Programs(bundle, report, choose_devices(self._devices), self._preset, self._processes)
             params = bundle.load_params(
                 shardings=programs.param_shardings(),
                 progress=lambda done, total: self._progress("weights, bytes", done, total),
@@ -219,7 +228,7 @@ class Engine:
                 topk=bundle.config["sa_config"]["topk"],
                 indexer_dtype=bundle.indexer_dtype,
             )
-            self._executor = Executor(programs, params, facts, self._progress)
+            self._executor = Executor(programs, params, facts, self._progress, self._processes)
         return self._executor
 
     def prepare(
@@ -304,6 +313,8 @@ class Engine:
         buckets.context(len(prompt.token_ids) + max_new_tokens, limit)
         sampling = sampling or self.default_sampling()
         stop_ids = tuple(settings.stop_ids)
+        if self._processes.count > 1:
+            self._processes.same(self._facts(prompt, (max_new_tokens, sampling, stop_ids, explain)))
         executor = self.executor()
         run = executor.run([prompt], [sampling], [max_new_tokens], stop_ids, explain=explain)
         tokenizer = self.processor.tokenizer
@@ -313,6 +324,7 @@ class Engine:
             **asdict(sampling),
             "stop_ids": stop_ids,
             "dtype": self.bundle.dtype,
+            "weights": self.bundle.weight_format,
             "indexer_dtype": self.bundle.indexer_dtype,
         }
 
@@ -323,6 +335,25 @@ class Engine:
             )
 
         return Generation(prompt, run, splitter, options, explained if explain else None)
+
+    def _facts(self, prompt: Prompt, options: Any) -> dict[str, str]:
+        """What must be alike in all processes, or their programs would wait for one another for ever."""
+        import jax
+
+        media = hashlib.sha256()
+        for item in prompt.media:
+            media.update(repr((item.kind, item.grid, item.frames.shape)).encode())
+            media.update(np.ascontiguousarray(item.frames).data)
+        b = self.bundle
+        bundle = (b.source, b.dtype, b.weight_format, b.indexer_dtype, b.processor_settings)
+        return {
+            "JAX": jax.__version__,
+            "bundle": hashlib.sha256(repr(bundle).encode()).hexdigest(),
+            "devices or preset": repr((self._devices, self._preset)),
+            "sampling options": repr(options),
+            "prompt tokens": hashlib.sha256(prompt.token_ids.tobytes() + prompt.position_ids.tobytes()).hexdigest(),
+            "images or frames": media.hexdigest(),
+        }
 
 
 def _frames(prompt: Prompt) -> Iterator[dict[str, Any]]:

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class DoesNotFit(InputError):
+    """A program that needs more memory than its devices have."""
+
+
 class GenerationError(RuntimeError):
     """The model produced numbers that mean nothing; no answer can be trusted. Command lines exit with code 1."""

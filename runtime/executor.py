@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import numpy as np
 
 from runtime import buckets
 from runtime.errors import GenerationError, InputError
+from runtime.patches import packed
+from runtime.processes import ALONE, Processes
 from runtime.processor import Prompt
 from runtime.programs import Program, Programs
 from runtime.sampling import SamplingOptions
@@ -66,10 +69,19 @@ class Executor:
         params: weights, nested dictionaries as `programs` expects them.
         facts: of the model.
         progress: told how far long stages are.
+        processes: that the programs run in.
     """
 
-    def __init__(self, programs: Programs, params: Any, facts: ModelFacts, progress: Progress | None = None):
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        facts: ModelFacts,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
+    ):
         self.programs = programs
+        self._processes = processes
         self._text = params["text"]
         self._vision = {name: params[name] for name in ("vision", "projector")}
         self._facts = facts
@@ -147,6 +159,8 @@ class Executor:
             yield [[int(t) for t in row if t >= 0] for row in tokens]
             if spent < _STEP_SECONDS / 2:
                 steps = min(2 * steps, tokens.shape[1])
+            # Every process measures another time, and all must run as many steps.
+            steps = int(self._processes.shared(str(steps).encode))
 
     def selected(self, run: Run, prompt: Prompt, tokens: Sequence[int], first: int = 0) -> np.ndarray:
         """How often the steps that produced an answer selected each token before it.
@@ -197,19 +211,20 @@ class Executor:
         area = self._facts.merge_size**2
         parts: list[np.ndarray] = []
         done = 0
+        devices = self.programs.mesh.size
         most = buckets.batch_patches(self.programs.platform, self.programs.plain)
-        for patches, grid in prompt.patch_batches(most):
-            count = len(patches)
-            size = buckets.patches(count)
+        batches = prompt.patch_batches(buckets.share(pads * area, devices, most))
+        while shares := list(islice(batches, devices)):
+            size = buckets.patches(max(len(patches) for patches, _ in shares))
             program = self._timed(timings, self.programs.vision, size)
             begin = time.perf_counter()
-            padded = np.zeros((size, *patches.shape[1:]), np.float32)
-            padded[:count] = patches
-            grids = np.zeros((size // area, 3), np.int32)
-            grids[: len(grid)] = grid
-            tokens = count // area
-            parts.append(np.asarray(program(self._vision, padded, grids))[:tokens])
-            done += tokens
+            # Of several processes each hands out what its own devices take.
+            inputs = zip(packed(shares, devices, size, area), program.shardings[1:], strict=True)
+            placed = [jax.make_array_from_callback(array.shape, to, array.__getitem__) for array, to in inputs]
+            rows = np.asarray(program(self._vision, *placed))
+            for share, (patches, _) in zip(np.split(rows, devices), shares, strict=False):
+                parts.append(share[: len(patches) // area])
+                done += len(parts[-1])
             timings.vision_s += time.perf_counter() - begin
             self._progress("vision tokens", done, pads)
         return np.concatenate(parts)

@@ -1,13 +1,13 @@
 """`python -m runtime.export`: traces a bundle's programs into graphs for a platform, on any host."""
 
 import argparse
-import math
-import re
 import sys
 from collections.abc import Sequence
 
+from runtime.aot import device_of, split_topology
 from runtime.errors import InputError
 from runtime.graphs import PRESETS, SINGLE, GraphKey
+from runtime.remote import is_address
 
 _EXAMPLES = """examples:
   python -m runtime.export BUNDLE --platform cpu
@@ -20,8 +20,6 @@ those that its manifest lists.
 """
 
 _MAX_BATCH, _MAX_DEVICES = 4096, 65536
-# Each v7x chip shows itself as two devices.
-_DEVICES_OF_CHIP = {"v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`; the graphs go into it")
     parser.add_argument("--platform", required=True, choices=("cuda", "tpu", "cpu"))
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--topology", metavar="NAME", help="TPU chips to shard over, such as v5e:2x4")
@@ -71,6 +69,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(f"--topology names TPU chips; use --devices for --platform {args.platform}")
     if args.plain and args.platform != "cuda":
         raise InputError(f"--plain leaves GPU kernels out; graphs for --platform {args.platform} have none")
+    if is_address(args.bundle):
+        raise InputError(f"{args.bundle} is an address; export into the bundle's folder and copy that there again")
     bundle = Bundle.open(args.bundle)
     settings = ProcessorSettings.from_dict(bundle.processor_settings)
     longest = buckets.contexts(buckets.context_limit(settings.max_position_embeddings))[-1]
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(f"--{name} {value} must be from 1 to {most} for this model")
-    devices = args.devices or 1 if args.topology is None else topology_devices(args.topology)
+    chip, devices = (None, args.devices or 1) if args.topology is None else split_topology(args.topology)
     limit = longest if args.context is None else buckets.context(args.context, longest, devices)
 
     from runtime.trace import Tracer
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     preset = args.preset or PRESETS[0] if devices > 1 else SINGLE
     standard = (args.chunk,) if args.chunk else buckets.chunks(args.platform, args.plain)
     progress = ProgressLine()
-    tracer = Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    tracer = Tracer.of(bundle)
     keys = [
         GraphKey(program, args.platform, devices, shape, args.plain, preset)
         for program, shape in buckets.all_shapes(
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     for number, key in enumerate(keys):
         progress(f"exporting {key.name}", number, len(keys))
-        exported = tracer.export(key)
+        exported = tracer.export(key, None if chip is None else device_of(chip))
         try:
             entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
         except OSError as error:
@@ -109,20 +109,6 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{key.name}: {entry.bytes:,} bytes, {kernels}")
     print(f"{len(keys)} graphs for {devices} x {args.platform} in {bundle.path}")
     return 0
-
-
-def topology_devices(name: str) -> int:
-    """Devices of a TPU topology such as "v5e:2x4".
-
-    Raises:
-        InputError: a name of another form, or chips that are not known here.
-    """
-    chip, _, extents = name.partition(":")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", extents):
-        raise InputError(f"--topology {name!r:.60} must look like v5e:2x4 or v5p:2x2x1")
-    if chip not in _DEVICES_OF_CHIP:
-        raise InputError(f"--topology {name!r:.60}: {chip!r} is none of {', '.join(_DEVICES_OF_CHIP)}; use --devices N")
-    return _DEVICES_OF_CHIP[chip] * math.prod(map(int, extents.split("x")))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import io
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import GenerationError, InputError
 from runtime.graphs import PRESETS
+from runtime.processes import ALONE, Processes, join
 from runtime.request import add_request_arguments, prepare_request, question
 
 if TYPE_CHECKING:
@@ -18,27 +21,35 @@ _EXAMPLES = """examples:
   python -m runtime.generate BUNDLE --video clip.mp4 --prompt "What happens in this video?"
   python -m runtime.generate BUNDLE --image a.jpg --image b.png --prompt "What differs?" --json
   python -m runtime.generate BUNDLE --messages conversation.json --temperature 0.6 --seed 1
+  python -m runtime.generate gs://bucket/BUNDLE --prompt "Hello" --coordinator host0:8476 --num-processes 2 --process-id 1
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0; 1 generation failed; 2 bad input; 130 interrupted."""
     args = _parser().parse_args(argv)
+    processes = ALONE
     try:
-        return _run(args)
+        processes = join(args.coordinator, args.num_processes, args.process_id)
+        return processes.end(_run(args, processes))
     except KeyboardInterrupt:
-        print("interrupted before the first token", file=sys.stderr)
-        return 130
+        print(f"{processes.prefix}interrupted before the answer was complete", file=sys.stderr)
+        return processes.end(130, "interrupted")
     except BrokenPipeError:
         # The reader of our output has gone; nobody is left to tell.
         with contextlib.suppress(OSError):
             sys.stdout.close()
-        return 1
-    except (InputError, GenerationError) as error:
-        if args.debug:
+        return processes.end(1)
+    except Exception as error:
+        known = isinstance(error, InputError | GenerationError)
+        if processes.count == 1 and (args.debug or not known):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        if args.debug or not known:
+            traceback.print_exc()
+        # Several processes must hear of every error, the unforeseen too; else they wait for this one.
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        print(f"error: {processes.prefix}{reason}", file=sys.stderr)
+        return processes.end(2 if isinstance(error, InputError) else 1, reason)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="made by `python -m convert`: a folder, or gs://... or s3://..."
+    )
     add_request_arguments(parser)
     output = parser.add_argument_group("generation (unset: the checkpoint's generation_config.json, else greedy)")
     output.add_argument("--max-new-tokens", type=int, metavar="N", help="default 1024, or what the context has left")
@@ -64,19 +77,26 @@ def _parser() -> argparse.ArgumentParser:
     several = parser.add_argument_group("several devices")
     several.add_argument("--devices", type=int, metavar="N", help="spread the model over N (default: all accelerators)")
     several.add_argument("--preset", choices=PRESETS, help=f"what is spread (default {PRESETS[0]})")
+    hosts = parser.add_argument_group(
+        "several processes (start the same command in each; TPU pods, Slurm and Open MPI need no options)"
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
+    hosts.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="which one this is; 0 prints the answer")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, processes: Processes) -> int:
     from runtime.engine import Engine
     from runtime.explain_picture import check_path, draw
     from runtime.progress import ProgressLine
 
-    if args.explain is not None:
+    speaks = processes.index == 0
+    if args.explain is not None and speaks:
         check_path(args.explain)
-    progress = ProgressLine()
-    engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset)
+    progress = ProgressLine(None if speaks else io.StringIO())
+    engine = Engine.open(args.bundle, progress=progress, devices=args.devices, preset=args.preset, processes=processes)
     prompt = prepare_request(engine.processor, args, progress)
     progress.close()
     generation = engine.generate_prompt(
@@ -85,6 +105,12 @@ def _run(args: argparse.Namespace) -> int:
         sampling=_sampling(engine, args),
         explain=args.explain is not None,
     )
+    if not speaks:
+        for _ in generation:
+            pass
+        if args.explain is not None:
+            generation.explanation()
+        return 0
     for warning in prompt.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     interrupted = False

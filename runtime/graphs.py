@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FOLDER = "graphs"
 PLATFORMS = ("cpu", "cuda", "tpu")
 SHAPE_NAMES: Mapping[str, tuple[str, ...]] = {
+    # On each device.
     "vision": ("patches",),
     "prefill": ("batch", "chunk", "context"),
     "decode": ("batch", "context"),
@@ -228,7 +229,7 @@ def _shape(program: str, exported: "Exported") -> tuple[int, ...] | None:
     try:
         args = arguments(exported)
         if program == "vision":
-            return (args[1].shape[0],)
+            return (args[1].shape[0] // exported.nr_devices,)
         _, batch, context = args[1]["kv"].shape[:3]
         if program == "decode":
             return (batch, context) if "delta" in args[3] else None

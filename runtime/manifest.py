@@ -22,10 +22,12 @@ WEIGHTS = "weights"
 TOKENIZER = "tokenizer.json"
 
 _MANIFEST_KEYS = {
-    *("format", "version", "created", "keye_jax", "source", "config", "dtype", "indexer_dtype"),
+    *("format", "version", "created", "keye_jax", "source", "config", "dtype", "indexer_dtype", "weight_format"),
     *("processor", "weights", "shapes_only", "files", "graphs", "sha256"),
 }
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
+DTYPES = ("bfloat16", "float32")
+WEIGHT_FORMATS = ("none", "int8", "fp8")
 INDEXER_DTYPES = ("fp8", "bf16", "float32")
 _MAX_MANIFEST_BYTES = 32 << 20
 _MAX_RANK = 8

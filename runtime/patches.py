@@ -26,3 +26,23 @@ def patchify(frames: np.ndarray, mean: Sequence[float], std: Sequence[float], pa
         table = (levels - np.float32(mean[channel])) / np.float32(std[channel])
         np.take(table, cut[:, channel], out=patches[:, channel], mode="clip")  # "raise" would buffer `out`
     return patches
+
+
+def packed(
+    shares: Sequence[tuple[np.ndarray, np.ndarray]], devices: int, size: int, area: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vision program's arguments from the patches [n,3,P,P] and grids [m,3] of up to `devices` shares.
+
+    Args:
+        size: patches of the program on each device.
+        area: patches of a vision row.
+
+    Returns:
+        float32 [devices * size, 3, P, P] and int32 [devices * size // area, 3], each share followed by zeros.
+    """
+    pixels = np.zeros((devices, size, *shares[0][0].shape[1:]), np.float32)
+    grids = np.zeros((devices, size // area, 3), np.int32)
+    for device, (patches, grid) in enumerate(shares):
+        pixels[device, : len(patches)] = patches
+        grids[device, : len(grid)] = grid
+    return pixels.reshape(-1, *pixels.shape[2:]), grids.reshape(-1, 3)

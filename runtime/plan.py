@@ -2,23 +2,68 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from runtime import buckets
-from runtime.errors import InputError
+from runtime import aot, buckets
+from runtime.errors import DoesNotFit, InputError
+from runtime.graphs import PRESETS, SINGLE, GraphKey
 from runtime.request import add_request_arguments, prepare_request
 
 if TYPE_CHECKING:
+    from jax.export import Exported
+    from jax.sharding import AbstractDevice
+
     from runtime.bundle import Bundle
     from runtime.processor import Prompt
-    from runtime.programs import Program
 
 _GIB = 1 << 30
+_EXAMPLES = """examples:
+  python -m runtime.plan BUNDLE --video clip.mp4 --prompt "What happens?"
+  python -m runtime.plan BUNDLE --video clip.mp4 --prompt "What happens?" --topology v5e:2x4
+  python -m runtime.plan gs://bucket/bundle --token-ids 1,2,3 --devices 4 --preset expert
+
+With --topology nothing of a TPU is needed; programs are compiled for it where libtpu is installed (keye-jax[tpu]), and
+without it the plan counts weights and cache. A bundle made with `python -m convert --shapes-only` will do.
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the request would run on."""
+
+    platform: str
+    devices: int
+    preset: str
+    plain: bool
+    memory: int
+    """Bytes that each device has."""
+    compile: Callable[[GraphKey], aot.Memory] | None
+    """Raises DoesNotFit; None: there is no compiler for it here."""
+
+    def key(self, program: str, *shape: int) -> GraphKey:
+        return GraphKey(program, self.platform, self.devices, shape, self.plain, self.preset)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program that the request runs; sizes are bytes on each device."""
+
+    key: GraphKey
+    weights: int
+    """Of its own weights: the vision tower's, or the decoder's."""
+    cache: int
+    working: int | None
+    """Inputs, results and activations beside weights and cache; None where it was not compiled."""
+    remark: str
+    """Why it was not compiled."""
+    fits: bool
+    """False where the compiler says that it does not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0; 1 if it does not fit the device; 2 for bad input."""
+    """Runs the command line. Returns the exit code: 0; 1 if it does not fit the devices; 2 for bad input."""
     args = _parser().parse_args(argv)
     try:
         return _run(args)
@@ -38,10 +83,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Says what a request to `python -m runtime.generate` will take: frames and tokens, the graphs "
         "that run, and the memory of each device. Videos are not decoded and weights are not loaded; the programs are "
         "compiled, and the compilation is kept.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", help="folder made by `python -m convert`")
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", help="folder made by `python -m convert`, or its address (gs://, s3://)"
+    )
     add_request_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="tokens to answer (default 1024)")
+    several = parser.add_argument_group("several devices")
+    target = several.add_mutually_exclusive_group()
+    target.add_argument("--devices", type=int, metavar="N", help="spread the model over N (default: all accelerators)")
+    target.add_argument("--topology", metavar="NAME", help="plan for TPU chips that are not here, such as v5e:2x4")
+    several.add_argument("--preset", choices=PRESETS, help=f"what is spread (default {PRESETS[0]})")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
@@ -53,6 +107,9 @@ def _run(args: argparse.Namespace) -> int:
     from runtime.progress import ProgressLine
     from runtime.tokenizer import Tokenizer
 
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    topology = None if args.topology is None else aot.split_topology(args.topology)
     progress = ProgressLine()
     bundle = Bundle.open(args.bundle)
     settings = ProcessorSettings.from_dict(bundle.processor_settings)
@@ -60,25 +117,13 @@ def _run(args: argparse.Namespace) -> int:
     prompt = prepare_request(Processor(settings, tokenizer, decode=False), args, progress)
     for line in _describe_prompt(prompt):
         print(line)
-    length = len(prompt.token_ids)
-    limit = buckets.context_limit(settings.max_position_embeddings)
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
-    first, last = buckets.context(length, limit), buckets.context(length + args.max_new_tokens, limit)
-
-    from runtime import compile_cache
-    from runtime.programs import Programs, local_platform
-
-    compile_cache.enable()
-    programs = Programs(bundle, lambda line: progress(line, 0, 0))
-    used = [programs.prefill(1, programs.chunk(1, first, length), first), programs.decode(1, last)]
-    counts = prompt.patch_counts(buckets.batch_patches(programs.platform, programs.plain))
-    used += [programs.vision(size) for size in sorted({buckets.patches(count) for count in counts})]
+    report = lambda line: progress(line, 0, 0)  # noqa: E731
+    target = _here(bundle, args, report) if topology is None else _for_topology(bundle, args, *topology, report)
+    contexts = _contexts(prompt, args.max_new_tokens, target.devices)
+    graphs = [_measured(bundle, target, key) for key in _keys(bundle, prompt, target, contexts)]
     progress.close()
-    print(f"platform: {local_platform()}, 1 device")
-    # Moving up to a larger cache takes both for a moment.
-    outgrown = [size for size in buckets.contexts(limit) if first <= size < last]
-    return 0 if _describe_memory(bundle, used, outgrown[-1] / last if outgrown else 0.0) else 1
+    print(f"platform: {args.topology or target.platform}, {target.devices} device{'s' if target.devices > 1 else ''}")
+    return 0 if _describe_memory(bundle, graphs, target, contexts) else 1
 
 
 def _describe_prompt(prompt: "Prompt") -> Iterator[str]:
@@ -96,47 +141,136 @@ def _describe_prompt(prompt: "Prompt") -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in prompt.warnings)
 
 
-def _describe_memory(bundle: "Bundle", used: "Sequence[Program]", outgrown: float) -> bool:
-    """Prints the graphs and the memory they need. Returns whether that fits the device.
+def _here(bundle: "Bundle", args: argparse.Namespace, report: Callable[[str], None]) -> Target:
+    """Devices of this machine."""
+    from runtime import compile_cache
+    from runtime.programs import Programs, choose_devices
 
-    Args:
-        outgrown: size of the largest cache that the answer outgrows, as a part of the last one; 0: none.
-    """
-    import jax
+    compile_cache.enable()
+    devices = choose_devices(args.devices)
+    programs = Programs(bundle, report, devices, args.preset)
 
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(bundle.abstract_params()))
-    cache = max(_bytes(program.args[1]) for program in used if program.key.program == "decode")
-    activations = max(round(cache * outgrown), *(program.memory.temporaries for program in used))
-    for program in used:
-        temporaries = program.memory.temporaries / _GIB
-        print(f"graph {program.key.name}: {temporaries:.3f} GiB of activations")
+    def compiled(key: GraphKey) -> aot.Memory:
+        return getattr(programs, key.program)(*key.shape).memory
+
+    preset = _preset(args, len(devices))
+    return Target(programs.platform, len(devices), preset, programs.plain, device_memory(devices), compiled)
+
+
+def _for_topology(
+    bundle: "Bundle", args: argparse.Namespace, chip: str, devices: int, report: Callable[[str], None]
+) -> Target:
+    """TPU chips that need not exist."""
+    from importlib.util import find_spec
+
+    def compiled(key: GraphKey) -> aot.Memory:
+        report(f"compiling {key.name}")
+        return aot.compile_for_topology(key, _exported(bundle, key, aot.device_of(chip)), args.topology).memory
+
+    here = find_spec("libtpu") is not None
+    if here:
+        aot.without_chips()
+    return Target("tpu", devices, _preset(args, devices), False, aot.CHIPS[chip].memory, compiled if here else None)
+
+
+def _preset(args: argparse.Namespace, devices: int) -> str:
+    return (args.preset or PRESETS[0]) if devices > 1 else SINGLE
+
+
+def _contexts(prompt: "Prompt", max_new_tokens: int, devices: int) -> list[int]:
+    """Capacities of the cache, from the one that holds the prompt to the one that holds the answer too. Raises
+    InputError if both exceed the model's context."""
+    length, limit = len(prompt.token_ids), buckets.context_limit(prompt.settings.max_position_embeddings)
+    first, last = (buckets.context(tokens, limit, devices) for tokens in (length, length + max_new_tokens))
+    return [size for size in buckets.contexts(limit, devices) if first <= size <= last]
+
+
+def _keys(bundle: "Bundle", prompt: "Prompt", target: Target, contexts: Sequence[int]) -> list[GraphKey]:
+    """The graphs that decide how much memory is needed: all, except decode's for contexts that the answer outgrows."""
+    first, standard = contexts[0], buckets.chunks(target.platform, target.plain)
+    lengths = {key.shape[1] for key in bundle.graphs if key.program == "prefill"}
+    exported = [length for length in lengths if target.key("prefill", 1, length, first) in bundle.graphs]
+    chunk = buckets.chunk(len(prompt.token_ids), exported, standard)
+    return [
+        *(target.key("vision", size) for size in _patches(prompt, target)),
+        target.key("prefill", 1, chunk, first),
+        target.key("decode", 1, contexts[-1]),
+    ]
+
+
+def _patches(prompt: "Prompt", target: Target) -> list[int]:
+    """Patches on each device in the calls of the vision program, without repetition."""
+    most = buckets.batch_patches(target.platform, target.plain)
+    counts = prompt.patch_counts(buckets.share(sum(prompt.patch_counts(most)), target.devices, most))
+    calls = (counts[start : start + target.devices] for start in range(0, len(counts), target.devices))
+    return sorted({buckets.patches(max(call)) for call in calls})
+
+
+def _measured(bundle: "Bundle", target: Target, key: GraphKey) -> Graph:
+    compiled, remark, fits = None, "not compiled, for want of libtpu: pip install 'keye-jax[tpu]'", True
+    if target.compile is not None:
+        try:
+            compiled = target.compile(key)
+        except DoesNotFit as error:
+            remark, fits = str(error), False
+    sizes = aot.argument_bytes(_exported(bundle, key))
+    weights, cache = sizes[0], 0 if key.program == "vision" else sizes[1]
+    return Graph(key, weights, cache, None if compiled is None else compiled.beside(weights + cache), remark, fits)
+
+
+def _exported(bundle: "Bundle", key: GraphKey, chip: "AbstractDevice | None" = None) -> "Exported":
+    """The bundle's graph, or one made for this plan alone."""
+    from runtime import graphs
+
+    if key in bundle.graphs:
+        return graphs.load(bundle.path, bundle.graphs[key])
+    from runtime.trace import Tracer
+
+    return Tracer.of(bundle).export(key, chip)
+
+
+def _describe_memory(bundle: "Bundle", graphs: Sequence[Graph], target: Target, contexts: Sequence[int]) -> bool:
+    """Prints the graphs and the memory that they need of each device. Returns whether that fits."""
+    for graph in graphs:
+        working = graph.remark if graph.working is None else f"{graph.working / _GIB:.3f} GiB of activations"
+        print(f"graph {graph.key.name}: {working}")
+    for size in contexts[:-1]:
+        print(f"graph {target.key('decode', 1, size).name}: until the answer outgrows it")
+    weights, cache = _all_weights(bundle, graphs), graphs[-1].cache
+    # Moving up to a larger cache takes both for a moment.
+    outgrown = round(cache * contexts[-2] / contexts[-1]) if len(contexts) > 1 else 0
+    known = [graph.working for graph in graphs if graph.working is not None]
+    activations = max([outgrown, *known])
     total = weights + cache + activations
+    several = target.devices > 1
     print(
-        f"memory: {weights / _GIB:.2f} GiB weights + {cache / _GIB:.2f} GiB cache + {activations / _GIB:.2f} GiB "
-        f"activations and copies = {total / _GIB:.2f} GiB"
+        f"memory{' of each device' if several else ''}: {weights / _GIB:.2f} GiB weights + {cache / _GIB:.2f} GiB "
+        f"cache + {activations / _GIB:.2f} GiB activations and copies = {total / _GIB:.2f} GiB"
     )
-    available = device_memory()
-    fits = total <= available
-    print(f"device: {available / _GIB:.2f} GiB, " + ("it fits" if fits else "it does not fit"))
+    fits = total <= target.memory and all(graph.fits for graph in graphs)
+    verdict = "it does not fit" if not fits else "it fits" if len(known) == len(graphs) else "weights and cache fit"
+    print(f"{'each ' if several else ''}device: {target.memory / _GIB:.2f} GiB, {verdict}")
     return fits
 
 
-def _bytes(tree: object) -> int:
+def _all_weights(bundle: "Bundle", graphs: Sequence[Graph]) -> int:
+    """Bytes of the weights on each device: those of both programs, whether or not there is anything to see."""
     import jax
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    tower = [bundle.abstract_params()[name] for name in ("vision", "projector")]
+    vision = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tower))
+    seen = {graph.key.program: graph.weights for graph in graphs}
+    return seen.get("vision", vision) + seen["decode"]
 
 
-def device_memory() -> int:
-    """Bytes that the default device can hold; on CPU, the host's memory."""
+def device_memory(devices: Sequence[Any]) -> int:
+    """Bytes that each of the devices can hold; on CPU, its part of the host's memory."""
     import os
 
-    import jax
-
-    stats = jax.devices()[0].memory_stats()
+    stats = devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.export import Exported
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from runtime import buckets, graphs
 from runtime.aot import Memory, memory
 from runtime.bundle import Bundle
-from runtime.errors import InputError
+from runtime.errors import DoesNotFit, InputError
 from runtime.graphs import DONATED, PRESETS, SINGLE, GraphKey
+from runtime.processes import ALONE, Processes
 
 HOPPER = "9.0"
 """The compute capability that the GPU kernels are made for; other GPUs run plain graphs."""
@@ -60,6 +62,9 @@ class Programs:
     Args:
         bundle: where graphs come from and go to.
         report: told what is about to take long, and what was exported.
+        devices: that programs run on, in their order; None: the first one.
+        preset: how the model lies on them.
+        processes: that the devices belong to. Process 0's graphs serve all of them.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Programs:
         report: Report | None = None,
         devices: Sequence[Any] | None = None,
         preset: str | None = None,
+        processes: Processes = ALONE,
     ):
         self.mesh = Mesh(np.array(devices or jax.devices()[:1]), ("model",))
         """The devices that programs run on."""
@@ -77,13 +83,15 @@ class Programs:
         self.compile_s = 0.0
         """Seconds spent loading, exporting and compiling so far."""
         self._bundle = bundle
+        self._processes = processes
         self._preset = (preset or PRESETS[0]) if self.mesh.size > 1 else SINGLE
         self._report = report or (lambda line: None)
         self._programs: dict[GraphKey, Program] = {}
         self._tracer: Any = None
 
     def vision(self, patches: int) -> Program:
-        """params, patches [N, 3, P, P] float32, grid [N // merge ** 2, 3] int32 → rows [N // merge ** 2, D]."""
+        """params, patches [n * N, 3, P, P] float32, grid [n * N // merge ** 2, 3] int32 → rows [n * N // merge ** 2,
+        D]; N patches on each of n devices."""
         return self._get("vision", patches)
 
     def prefill(self, batch: int, chunk: int, context: int) -> Program:
@@ -133,6 +141,13 @@ class Programs:
         return self._programs[key]
 
     def _load(self, key: GraphKey) -> Exported:
+        if self._processes.count == 1:
+            return self._own(key)
+        # One program for all, also where their bundles are copies that differ in graphs; and one of them writes.
+        return export.deserialize(bytearray(self._processes.shared(lambda: bytes(self._own(key).serialize()))))
+
+    def _own(self, key: GraphKey) -> Exported:
+        """A graph of the bundle, or a new one."""
         entry = self._bundle.graphs.get(key)
         if entry is not None:
             return graphs.load(self._bundle.path, entry)
@@ -154,10 +169,10 @@ class Programs:
                     f"where that is installed, run: {key.export_command(self._bundle.path)}"
                 ) from None
             try:
-                self._tracer = Tracer(self._bundle.config, self._bundle.dtype, self._bundle.indexer_dtype)
+                self._tracer = Tracer.of(self._bundle)
             except InputError as error:
                 raise InputError(f"the bundle lacks graph {key.name} and none can be made for it: {error}") from None
-        return self._tracer.export(key)
+        return self._tracer.export(key, self.mesh.abstract_mesh.abstract_device)
 
     def _compile(self, key: GraphKey, exported: Exported) -> Program:
         args = graphs.arguments(exported)
@@ -174,21 +189,28 @@ class Programs:
             compiled = program.lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0][:300]
-            raise InputError(f"graph {key.name} does not compile here ({reason}); {mend}") from None
+            kind = DoesNotFit if reason.startswith("RESOURCE_EXHAUSTED") else InputError
+            raise kind(f"graph {key.name} does not compile here ({reason}); {mend}") from None
         return Program(key, args, compiled, memory(compiled), kernels, places)
 
 
 def choose_devices(count: int | None) -> list[Any]:
-    """The `jax.Device`s that a model is spread over: `count` of them, or all accelerators, or one CPU.
+    """The `jax.Device`s that a model is spread over: `count` of them, or all of all processes, or one process's one CPU.
 
     Raises:
-        InputError: there are not so many.
+        InputError: there are not so many, or a process would have none.
     """
     devices = jax.devices()
     if count is None:
-        return devices[:1] if jax.default_backend() == "cpu" else devices
+        return devices[:1] if jax.default_backend() == "cpu" and jax.process_count() == 1 else devices
     if not 1 <= count <= len(devices):
-        raise InputError(f"--devices {count} must be from 1 to {len(devices)}, the devices of this machine")
+        owner = "this machine" if jax.process_count() == 1 else f"all {jax.process_count()} processes"
+        raise InputError(f"--devices {count} must be from 1 to {len(devices)}, the devices of {owner}")
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices[:count]}
+    if idle:
+        raise InputError(
+            f"--devices {count} leaves process {min(idle)} without one; use more, or start fewer processes"
+        )
     return devices[:count]
 
 

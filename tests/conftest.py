@@ -83,6 +83,16 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint in float32 with int8 weights."""
+    from convert.convert import convert
+
+    target = tmp_path_factory.mktemp("golden_int8") / "bundle"
+    convert(GOLDEN / "checkpoint", target, dtype="float32", weights="int8")
+    return target
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights with a tokenizer."""
     from convert.convert import convert

@@ -6,13 +6,15 @@ import jax.numpy as jnp
 from kernels_pallas.common import einsum_f32, scatter_slots, write_slots
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
 from kernels_pallas.numerics import hadamard, layer_norm, quantise, rms_norm, rotate
+from kernels_pallas.quantized import Weights as Matrix
+from kernels_pallas.quantized import scaled, values_of
 
 
 def decode_inputs(
     h: jax.Array, weights: Weights, tables: Tables, caches: Caches, layer: jax.Array, slots: jax.Array, eps: float
 ) -> DecodeInputs:
     """See `kernels_pallas.decode_inputs.decode_inputs`."""
-    w = Weights(*(array[layer] for array in weights))
+    w: Weights = jax.tree.map(lambda array: array[layer], weights)
     a = rms_norm(h, w.norm, eps)
     q, k, v, idx_q, idx_k, gate = (project(a, matrix) for matrix in w.projections)
     q = rotate(rms_norm(q, w.q_norm, eps), tables.cos, tables.sin)
@@ -37,7 +39,7 @@ def decode_inputs(
     return DecodeInputs(q, idx_q, idx_weights, Caches(kv, append(caches.idx_k, idx_k), idx_scale))
 
 
-def project(a: jax.Array, matrix: jax.Array) -> jax.Array:
-    """[B, D] times [D, ...N]: float32 sums, rounded once to the dtype of a."""
-    flat = einsum_f32("bd,dn->bn", a, matrix.reshape(a.shape[1], -1))
-    return flat.astype(a.dtype).reshape(a.shape[0], *matrix.shape[1:])
+def project(a: jax.Array, matrix: Matrix) -> jax.Array:
+    """[B, D] times [D, ...N]: float32 sums, scaled if the matrix is, rounded once to the dtype of a."""
+    flat = einsum_f32("bd,dn->bn", a, values_of(matrix, a.dtype).reshape(a.shape[1], -1))
+    return scaled(flat.reshape(a.shape[0], *matrix.shape[1:]), matrix).astype(a.dtype)

@@ -8,14 +8,19 @@ from typing import NamedTuple
 
 import jax
 
+from kernels_pallas import quantized
+
 
 class Weights(NamedTuple):
-    """What an attention block needs before attention; arrays of all layers, passed whole so that none is copied."""
+    """What an attention block needs before attention; arrays of all layers, passed whole so that none is copied.
+
+    Stored with 8 bits, q, k and v have scales [L, H, K] and [L, G, K].
+    """
 
     norm: jax.Array  # [L, D], of the block's input
-    q: jax.Array  # [L, D, H, K]
-    k: jax.Array  # [L, D, G, K]
-    v: jax.Array  # [L, D, G, K]
+    q: quantized.Weights  # [L, D, H, K]
+    k: quantized.Weights  # [L, D, G, K]
+    v: quantized.Weights  # [L, D, G, K]
     idx_q: jax.Array  # [L, D, J, I]
     idx_k: jax.Array  # [L, D, I]
     gate: jax.Array  # [L, D, J]
@@ -26,7 +31,7 @@ class Weights(NamedTuple):
     idx_k_norm_bias: jax.Array  # [L, I]
 
     @property
-    def projections(self) -> tuple[jax.Array, ...]:
+    def projections(self) -> tuple[quantized.Weights, ...]:
         """The six matrices that multiply the normed input."""
         return self[1:7]
 

@@ -7,11 +7,12 @@ import jax
 
 from kernels_pallas.dispatch import dispatch
 from kernels_pallas.grouped_matmul import gpu, gpu_rows, ragged, reference, tpu, tpu_rows
+from kernels_pallas.quantized import Weights, check_scale
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: Weights,
     layer: jax.Array | int,
     group_sizes: jax.Array,
     out_dtype: Any,
@@ -21,7 +22,8 @@ def grouped_matmul(
 
     Args:
         x: [M, D] rows sorted by group.
-        w: [L, E, D, F] matrices of all layers; passed whole so that no layer is copied out of the stack.
+        w: [L, E, D, F] matrices of all layers; passed whole so that no layer is copied out of the stack. Stored with 8
+            bits, they have a scale [L, E, F].
         layer: which layer's matrices, int32 scalar.
         group_sizes: [E] int32, rows per group; what the rows after their sum become is not defined.
         out_dtype: dtype of the result; products accumulate in float32.
@@ -46,7 +48,7 @@ def grouped_matmul(
     )
 
 
-def grouped_swiglu(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_sizes: jax.Array) -> jax.Array:
+def grouped_swiglu(x: jax.Array, w: Weights, layer: jax.Array | int, group_sizes: jax.Array) -> jax.Array:
     """silu(gate) * up of `grouped_matmul`, whose result is rounded to x's dtype in between.
 
     Args:
@@ -88,6 +90,7 @@ def spread_rows(x: jax.Array, positions: jax.Array) -> jax.Array:
     return dispatch(reference.spread_rows, x, positions, cuda=cuda, tpu=tpu_rows.spread_rows)
 
 
-def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:
+def _check(x: jax.Array, w: Weights, group_sizes: jax.Array) -> None:
     if x.ndim != 2 or w.ndim != 4 or w.shape[2] != x.shape[1] or group_sizes.shape != (w.shape[1],):
         raise ValueError(f"x {x.shape}, w {w.shape} and group_sizes {group_sizes.shape} do not fit")
+    check_scale(w, 2)

@@ -1,8 +1,8 @@
 """The mixture of experts for one row on a GPU, in three launches: time is the weights' bytes plus latency.
 
-Schedule. 1: normed row and partial logits, see `decode_gpu`. 2: every program of the gate_up product adds the partial
-logits and ranks the experts itself (16 KB from L2: cheaper than one more launch), then multiplies 64 columns of its
-expert. 3: every program of the down product takes the gate and up products through SwiGLU as it reads them,
+Schedule. 1: normed row and partial logits, see `decode_gpu_router`. 2: every program of the gate_up product adds the
+partial logits and ranks the experts itself (16 KB from L2: cheaper than one more launch), then multiplies 64 columns of
+its expert. 3: every program of the down product takes the gate and up products through SwiGLU as it reads them,
 multiplies its columns, rounds; the last of a column tile's k programs, known by a counter, adds the k rows in order
 and the residual. Counters are zeroed by launch 1. No sum depends on the order of arrival.
 
@@ -30,8 +30,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.grouped_matmul import decode_gpu as gpu
-from kernels_pallas.grouped_matmul.decode_gpu import Tile, Tuning
+from kernels_pallas.grouped_matmul import decode_gpu_tiles as tiles
+from kernels_pallas.grouped_matmul.decode_gpu import swiglu
+from kernels_pallas.grouped_matmul.decode_gpu_router import partial_logits, ranked
+from kernels_pallas.grouped_matmul.decode_gpu_tiles import Tile, Tuning
+from kernels_pallas.quantized import Weights
 
 TUNING = Tuning(router=Tile(64, 0, 4, 1), gate_up=Tile(64, 64, 4, 6), down=Tile(128, 64, 4, 4))
 
@@ -40,8 +43,8 @@ def moe_row(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array,
     *,
     k: int,
@@ -52,8 +55,8 @@ def moe_row(
 ) -> jax.Array:
     """`decode.moe_step` for h [1, D]."""
     D, F = h.shape[1], down.shape[2]
-    down_width = gpu.tile_size(D, tuning.down.width)
-    m, parts, counters = gpu.partial_logits(
+    down_width = tiles.tile_size(D, tuning.down.width)
+    m, parts, counters = partial_logits(
         h,
         norm,
         router,
@@ -61,36 +64,36 @@ def moe_row(
         eps=eps,
         tile=tuning.router,
         interpret=interpret,
-        counters=gpu.power_of_two(D // down_width),
+        counters=tiles.power_of_two(D // down_width),
     )
     t = tuning.gate_up
-    width = gpu.tile_size(2 * F, t.width)
+    width = tiles.tile_size(2 * F, t.width)
     products, weights, experts = pl.pallas_call(
-        partial(_gate_up_body, depth=gpu.tile_size(D, t.depth), width=width, renormalise=renormalise),
+        partial(_gate_up_body, depth=tiles.tile_size(D, t.depth), width=width, renormalise=renormalise),
         out_shape=(
             jax.ShapeDtypeStruct((k, 2 * F), jnp.float32),
             jax.ShapeDtypeStruct((k,), jnp.float32),
             jax.ShapeDtypeStruct((k,), jnp.int32),
         ),
         grid=(2 * F // width, k),
-        compiler_params=gpu.compiler_params(t, h.dtype),
+        compiler_params=tiles.compiler_params(t, h.dtype),
         interpret=interpret,
         name="row_gate_up",
     )(m, gate_up, layer, parts)
     t = tuning.down
     out, _, _ = pl.pallas_call(
-        partial(_down_body, depth=gpu.tile_size(F, t.depth), width=down_width, interpret=interpret),
+        partial(_down_body, depth=tiles.tile_size(F, t.depth), width=down_width, interpret=interpret),
         out_shape=(
             jax.ShapeDtypeStruct(h.shape, h.dtype),
             jax.ShapeDtypeStruct((k, D), h.dtype),
             jax.ShapeDtypeStruct(counters.shape, jnp.int32),
         ),
         grid=(k, D // down_width),
-        input_output_aliases={6: 2},
-        compiler_params=gpu.compiler_params(t, h.dtype),
+        input_output_aliases={0: 2},
+        compiler_params=tiles.compiler_params(t, h.dtype),
         interpret=interpret,
         name="row_down",
-    )(products, down, layer, weights, experts, h, counters)
+    )(counters, products, down, layer, weights, experts, h)
     return out
 
 
@@ -111,7 +114,7 @@ def _gate_up_body(
     k = weights_ref.shape[0]
     tile, slot = pl.program_id(0), pl.program_id(1)
     layer, columns = layer_ref[()], pl.ds(tile * width, width)
-    all_weights, rank = gpu.ranked(parts_ref[0], experts=E, k=k, renormalise=renormalise, dtype=m_ref.dtype)
+    all_weights, rank = ranked(parts_ref[0], experts=E, k=k, renormalise=renormalise, dtype=m_ref.dtype)
     expert = jnp.sum(jnp.where(rank == slot, jnp.arange(rank.shape[0], dtype=jnp.int32), 0))
 
     @pl.when(tile == 0)
@@ -120,22 +123,23 @@ def _gate_up_body(
         weights_ref[slot] = jnp.sum(jnp.where(rank == slot, all_weights, 0.0))
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
-        row, column = gpu.grid(_tile_rows()[:, None], (i * depth + jnp.arange(depth, dtype=jnp.int32))[None])
+        row, column = tiles.grid(_tile_rows()[:, None], (i * depth + jnp.arange(depth, dtype=jnp.int32))[None])
         x = plt.load(m_ref.at[row, column], mask=row < 1, other=0.0)
-        return total + gpu.dot(x, plt.load(gate_up_ref.at[layer, expert, pl.ds(i * depth, depth), columns]))
+        rows = pl.ds(i * depth, depth)
+        return total + tiles.dot(x, tiles.load_weights(gate_up_ref, x.dtype, layer, expert, rows, columns))
 
-    total = lax.fori_loop(0, D // depth, step, jnp.zeros((gpu.MMA_ROWS, width), jnp.float32))
-    products_ref[slot, columns] = jnp.sum(total, axis=0)
+    total = lax.fori_loop(0, D // depth, step, jnp.zeros((tiles.MMA_ROWS, width), jnp.float32))
+    products_ref[slot, columns] = tiles.scaled(jnp.sum(total, axis=0), gate_up_ref, layer, expert, columns)
 
 
 def _down_body(
+    _: Any,
     products_ref: Any,
     down_ref: Any,
     layer_ref: Any,
     weights_ref: Any,
     experts_ref: Any,
     residual_ref: Any,
-    _: Any,
     out_ref: Any,
     rows_ref: Any,
     counters_ref: Any,
@@ -152,12 +156,14 @@ def _down_body(
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         gate = plt.load(products_ref.at[slot, pl.ds(i * depth, depth)])
         up = plt.load(products_ref.at[slot, pl.ds(F + i * depth, depth)])
-        x = gpu.swiglu(gate, up, jnp.dtype(dtype)).astype(jnp.float32)
+        x = swiglu(gate, up, jnp.dtype(dtype)).astype(jnp.float32)
         x = jnp.where(_tile_rows()[:, None] == 0, x[None], 0.0).astype(dtype)
-        return total + gpu.dot(x, plt.load(down_ref.at[layer, expert, pl.ds(i * depth, depth), columns]))
+        rows = pl.ds(i * depth, depth)
+        return total + tiles.dot(x, tiles.load_weights(down_ref, x.dtype, layer, expert, rows, columns))
 
-    total = lax.fori_loop(0, F // depth, step, jnp.zeros((gpu.MMA_ROWS, width), jnp.float32))
-    rows_ref[slot, columns] = (jnp.sum(total, axis=0) * weights_ref[slot]).astype(dtype)
+    total = lax.fori_loop(0, F // depth, step, jnp.zeros((tiles.MMA_ROWS, width), jnp.float32))
+    row = tiles.scaled(jnp.sum(total, axis=0), down_ref, layer, expert, columns)
+    rows_ref[slot, columns] = (row * weights_ref[slot]).astype(dtype)
     # All threads' stores come before the count, all loads of the last program after it.
     if not interpret:
         plt.debug_barrier()
@@ -166,8 +172,8 @@ def _down_body(
 
     @pl.when(arrived == k - 1)
     def _() -> None:
-        index = gpu.grid(
-            jnp.arange(gpu.power_of_two(k), dtype=jnp.int32)[:, None],
+        index = tiles.grid(
+            jnp.arange(tiles.power_of_two(k), dtype=jnp.int32)[:, None],
             (tile * width + jnp.arange(width, dtype=jnp.int32))[None],
         )
         rows = plt.load(rows_ref.at[index], mask=index[0] < k, other=0.0, volatile=True)
@@ -177,4 +183,4 @@ def _down_body(
 
 def _tile_rows() -> jax.Array:
     """Rows of a tensor core's smallest tile: row 0 is ours, the others are zero."""
-    return jnp.arange(gpu.MMA_ROWS, dtype=jnp.int32)
+    return jnp.arange(tiles.MMA_ROWS, dtype=jnp.int32)

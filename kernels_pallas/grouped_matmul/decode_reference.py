@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas.common import einsum_f32
 from kernels_pallas.grouped_matmul.reference import grouped_matmul, grouped_swiglu
 from kernels_pallas.numerics import choose_experts, rms_norm
+from kernels_pallas.quantized import Weights
 
 
 def norm_route(
@@ -17,7 +18,7 @@ def norm_route(
     return m, *choose_experts(logits, k, renormalise)
 
 
-def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array, experts: jax.Array) -> jax.Array:
+def expert_swiglu(m: jax.Array, gate_up: Weights, layer: jax.Array, experts: jax.Array) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.expert_swiglu`."""
     M, k = experts.shape
     order, sizes = _by_expert(experts, gate_up.shape[1])
@@ -27,7 +28,7 @@ def expert_swiglu(m: jax.Array, gate_up: jax.Array, layer: jax.Array, experts: j
 
 def expert_down(
     hidden: jax.Array,
-    down: jax.Array,
+    down: Weights,
     layer: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
@@ -42,12 +43,25 @@ def expert_down(
     return residual + jnp.sum(rows, axis=1, dtype=jnp.float32).astype(residual.dtype)
 
 
+def experts_add(
+    m: jax.Array,
+    gate_up: Weights,
+    down: Weights,
+    layer: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    residual: jax.Array,
+) -> jax.Array:
+    """See `kernels_pallas.grouped_matmul.experts_add`."""
+    return expert_down(expert_swiglu(m, gate_up, layer, experts), down, layer, experts, weights, residual)
+
+
 def moe_step(
     h: jax.Array,
     norm: jax.Array,
     router: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Weights,
+    down: Weights,
     layer: jax.Array,
     *,
     k: int,
@@ -56,7 +70,7 @@ def moe_step(
 ) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.moe_step`."""
     m, weights, experts = norm_route(h, norm, router, layer, k=k, renormalise=renormalise, eps=eps)
-    return expert_down(expert_swiglu(m, gate_up, layer, experts), down, layer, experts, weights, h)
+    return experts_add(m, gate_up, down, layer, experts, weights, h)
 
 
 def _by_expert(experts: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ SUBLANES = 16
 """Rows of a bfloat16 register."""
 LISTS = 2
 """The list of experts is for two cores, which take turns."""
+MAX_ROWS = 128
 MAX_EXPERTS = 512
 
 
@@ -32,7 +33,7 @@ def supports(h: jax.Array, router: jax.Array) -> bool:
     """Whether the kernel takes rows h [M, D] and routers [L, D, E]."""
     _, D, E = router.shape
     return (
-        0 < h.shape[0] <= 128
+        0 < h.shape[0] <= MAX_ROWS
         and h.dtype in (jnp.float32, jnp.bfloat16)
         and router.dtype == h.dtype
         and D % 128 == 0
@@ -74,31 +75,62 @@ def route(
     Returns:
         m, weights and experts as `norm_route`; rows behind the last are zero, and their experts are -1. listed
         [2, slots] int32: the distinct experts in ascending order, the i-th one of core c in slot 2 i + c, and behind
-        the end each core's last one again; in the second row the number of slots in use.
+        the end each core's last one again, or the first of all; in the second row the number of slots in use.
     """
     M, D = h.shape
     E = router.shape[2]
-    rows = M + -M % SUBLANES
-    slots = LISTS * pl.cdiv(min(E, M * k), LISTS)
+    out_shape = _arranged(h, k, E)
 
     def whole(*shape: int) -> Any:
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
-    shapes = [((rows, D), h.dtype), ((rows, k), jnp.float32), ((rows, k), jnp.int32), ((2, slots), jnp.int32)]
     layer = jnp.asarray(layer, jnp.int32)
     return pl.pallas_call(
         partial(_kernel, renormalise=renormalise, eps=eps),
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(1,),
             in_specs=[whole(M, D), whole(1, D), pl.BlockSpec((None, D, E), lambda _, layer: (layer[0], 0, 0))],
-            out_specs=[whole(*shape) for shape, _ in shapes],
+            out_specs=[whole(*out.shape) for out in out_shape],
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=48 * 2**20),
         interpret=interpret,
         name="norm_route",
     )(layer.reshape(1), h, lax.dynamic_slice_in_dim(norm, layer, 1), router)
+
+
+def arrange(
+    m: jax.Array, weights: jax.Array, experts: jax.Array, count: int, *, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What `route` returns, of a choice that has been made: `experts` of `count`, -1 is none."""
+    return pl.pallas_call(
+        partial(_arrange_body, count=count),
+        out_shape=_arranged(m, experts.shape[1], count),
+        interpret=interpret,
+        name="list_experts",
+    )(m, weights, experts)
+
+
+def _arranged(m: jax.Array, k: int, count: int) -> list[jax.ShapeDtypeStruct]:
+    M, D = m.shape
+    rows, slots = M + -M % SUBLANES, LISTS * pl.cdiv(min(count, M * k), LISTS)
+    shapes = [((rows, D), m.dtype), ((rows, k), jnp.float32), ((rows, k), jnp.int32), ((2, slots), jnp.int32)]
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def _arrange_body(
+    m_in: Any, weights_in: Any, experts_in: Any, m: Any, weights: Any, experts: Any, listed: Any, *, count: int
+) -> None:
+    M, k = experts_in.shape
+    for out, given, filling in ((m, m_in, 0), (weights, weights_in, 0), (experts, experts_in, -1)):
+        out[...] = jnp.full_like(out, filling)
+        out[:M] = given[...]
+    expert = lax.broadcasted_iota(jnp.int32, (experts.shape[0], count), 1)
+    chosen = jnp.zeros(expert.shape, jnp.bool_)
+    for slot in range(k):
+        chosen |= experts[:, slot : slot + 1] == expert
+    listed[...] = _list(chosen, listed.shape[1])
 
 
 def _kernel(
@@ -148,7 +180,8 @@ def _list(chosen: jax.Array, slots: int) -> jax.Array:
     rank = jnp.sum(jnp.where(other < index, named, 0), axis=1, keepdims=True)
     named_column = jnp.sum(jnp.where(other == index, named, 0), axis=1, keepdims=True)
     slot = lax.broadcasted_iota(jnp.int32, (E, slots), 1)
-    mine = (named_column > 0) & (rank <= slot) & (rank % LISTS == slot % LISTS)
+    # The first one, of the lowest number, stands in the list of a core that has none: what is there already.
+    mine = (named_column > 0) & (rank <= slot) & ((rank % LISTS == slot % LISTS) | (rank == 0))
     expert = lax.broadcasted_iota(jnp.int32, (E, slots), 0)
     experts = jnp.max(jnp.where(mine, expert, 0), axis=0, keepdims=True)
     count = jnp.sum(named, axis=1, keepdims=True)

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.compat import load
+from kernels_pallas.quantized import Weights
 
 ROWS = 64
 """Rows of one warpgroup's product."""
@@ -80,7 +81,7 @@ def grouped_swiglu(
     return _grouped(x, w, layer, group_sizes, None, parts=2, out_dtype=x.dtype, tuning=tuning, interpret=interpret)
 
 
-def supports(x: jax.Array, w: jax.Array, parts: int) -> bool:
+def supports(x: jax.Array, w: Weights, parts: int) -> bool:
     """Whether the kernel takes these shapes and dtypes; `parts` is 2 for the fused SwiGLU."""
     D, F = w.shape[2:]
     return x.dtype == w.dtype == jnp.bfloat16 and x.shape[0] > 0 and D % DEPTH == 0 and F % (parts * 64) == 0

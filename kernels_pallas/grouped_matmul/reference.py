@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import einsum_f32
+from kernels_pallas.quantized import Weights, pick, scaled, values_of
 
 ROW_TILE = 32
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: Weights,
     layer: jax.Array | int,
     group_sizes: jax.Array,
     out_dtype: Any,
@@ -29,7 +30,7 @@ def grouped_matmul(
     F = w.shape[3]
     tile = min(ROW_TILE, M)
     padded = jnp.pad(x, ((0, tile), (0, 0)))
-    scale = None if row_scale is None else jnp.pad(row_scale, (0, tile))
+    row_scales = None if row_scale is None else jnp.pad(row_scale, (0, tile))
     tiles = (group_sizes + tile - 1) // tile
     tiles_end = jnp.cumsum(tiles)
     group_start = jnp.cumsum(group_sizes) - group_sizes
@@ -38,16 +39,18 @@ def grouped_matmul(
         group = jnp.searchsorted(tiles_end, i, side="right")
         first = group_start[group] + (i - (tiles_end[group] - tiles[group])) * tile
         rows = lax.dynamic_slice(padded, (first, 0), (tile, D))
-        matrix = lax.dynamic_slice(w, (layer, group, 0, 0), (1, 1, D, F))[0, 0]
-        product = einsum_f32("md,df->mf", rows, matrix)
-        if scale is not None:
-            product = product * lax.dynamic_slice(scale, (first,), (tile,))[:, None]
+        # Tied to the turn: XLA's CPU backend would widen the whole stack once, ahead of the loop, and keep that.
+        stack, group = lax.optimization_barrier((w, group))
+        matrix = pick(stack, layer, group)
+        product = scaled(einsum_f32("md,df->mf", rows, values_of(matrix, x.dtype)), matrix)
+        if row_scales is not None:
+            product = product * lax.dynamic_slice(row_scales, (first,), (tile,))[:, None]
         return lax.dynamic_update_slice(out, product.astype(out_dtype), (first, 0))
 
     return lax.fori_loop(0, tiles_end[-1], multiply, jnp.zeros((M + tile, F), out_dtype))[:M]
 
 
-def grouped_swiglu(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_sizes: jax.Array) -> jax.Array:
+def grouped_swiglu(x: jax.Array, w: Weights, layer: jax.Array | int, group_sizes: jax.Array) -> jax.Array:
     """See `kernels_pallas.grouped_matmul.grouped_swiglu`."""
     return swiglu(grouped_matmul(x, w, layer, group_sizes, x.dtype))
 

@@ -57,10 +57,14 @@ def scores_at(
 ) -> jax.Array:
     """See `kernels_pallas.index_select.scores_at`."""
     wide = jnp.bfloat16 if idx_q.dtype == jnp.float8_e4m3fn else idx_q.dtype
-    rows, ids = jnp.arange(ids.shape[0])[:, None], jnp.maximum(ids, 0)
-    products = einsum_f32("bji,bki->bjk", idx_q[:, 0].astype(wide), idx_k[layer, rows, ids].astype(wide))
+    ids = jnp.maximum(ids, 0)
+    # The layer's slice first: to gather rows out of the stack, XLA's TPU backend changes the layout of the whole stack.
+    keys = jnp.take_along_axis(lax.dynamic_index_in_dim(idx_k, layer, keepdims=False), ids[..., None], axis=1)
+    products = einsum_f32("bji,bki->bjk", idx_q[:, 0].astype(wide), keys.astype(wide))
     scores = jnp.sum(weights[:, 0, :, None] * jnp.maximum(products, 0.0), axis=1)
-    return scores if key_scale is None else scores * key_scale[layer, rows, ids]
+    if key_scale is None:
+        return scores
+    return scores * jnp.take_along_axis(lax.dynamic_index_in_dim(key_scale, layer, keepdims=False), ids, axis=1)
 
 
 def sortable(scores: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.quantized import Weights
+
 MAX_ROWS = 64
 MMA = 16
 """Smallest side of a tile that the tensor cores multiply."""
@@ -45,7 +47,7 @@ class Tuning:
     warps: int = 4
 
 
-def supports(x: jax.Array, *weights: jax.Array) -> bool:
+def supports(x: jax.Array, *weights: Weights) -> bool:
     """Whether the kernel takes rows x [M, D] and stacks of matrices [L, D, ...N]."""
     M, D = x.shape
     return (

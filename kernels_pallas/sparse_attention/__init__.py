@@ -34,9 +34,7 @@ def attend_bits(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(q.shape[0], q.shape[2:], q, kv)
-    if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
-        raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
+    _check_bits(q, kv, bits)
     cuda = partial(gpu_bits.attend_bits, most=most) if gpu_bits.supports(q, kv) else None
     tpu = tpu_bits.attend_bits if tpu_bits.supports(q, kv) else None
     return dispatch(reference.attend_bits, q, kv, jnp.asarray(layer, jnp.int32), bits, start, cuda=cuda, tpu=tpu)
@@ -53,9 +51,7 @@ def attend_ids(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Arr
     Returns:
         [B, H, K], dtype of q.
     """
-    _check(q.shape[0], q.shape[1:], q, kv)
-    if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
-        raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
+    _check_ids(q, kv, ids)
     cuda = gpu_ids.attend_ids if gpu_ids.supports(q, kv) else None
     tpu = tpu_ids.attend_ids if tpu_ids.supports(q, kv, ids) else None
     return dispatch(reference.attend_ids, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda, tpu=tpu)
@@ -75,14 +71,28 @@ def attend_bits_lse(
         The result in float32 [B, C, H, K], zero where nothing is selected, and the log-sum-exp of the scaled scores
         [B, C, H] float32, -1e30 there.
     """
-    _check(q.shape[0], q.shape[2:], q, kv)
-    return dispatch(reference.attend_bits_lse, q, kv, jnp.asarray(layer, jnp.int32), bits, start)
+    _check_bits(q, kv, bits)
+    tpu = tpu_bits.attend_bits_lse if tpu_bits.supports(q, kv) else None
+    return dispatch(reference.attend_bits_lse, q, kv, jnp.asarray(layer, jnp.int32), bits, start, tpu=tpu)
 
 
 def attend_ids_lse(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`attend_ids` over a part of the keys: [B, H, K] float32 and [B, H] float32, as `attend_bits_lse`."""
+    _check_ids(q, kv, ids)
+    tpu = tpu_ids.attend_ids_lse if tpu_ids.supports(q, kv, ids) else None
+    return dispatch(reference.attend_ids_lse, q, kv, jnp.asarray(layer, jnp.int32), ids, tpu=tpu)
+
+
+def _check_bits(q: jax.Array, kv: jax.Array, bits: jax.Array) -> None:
+    _check(q.shape[0], q.shape[2:], q, kv)
+    if bits.shape != (*q.shape[:2], kv.shape[2] // WORD):
+        raise ValueError(f"bits {bits.shape} do not fit q {q.shape} and kv {kv.shape}")
+
+
+def _check_ids(q: jax.Array, kv: jax.Array, ids: jax.Array) -> None:
     _check(q.shape[0], q.shape[1:], q, kv)
-    return dispatch(reference.attend_ids_lse, q, kv, jnp.asarray(layer, jnp.int32), ids)
+    if ids.ndim != 2 or ids.shape[0] != q.shape[0]:
+        raise ValueError(f"ids {ids.shape} do not fit q {q.shape}")
 
 
 def _check(batch: int, heads: tuple[int, ...], q: jax.Array, kv: jax.Array) -> None:

@@ -76,6 +76,30 @@ def attend_bits(
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_bits`."""
     del start  # No bit is set behind the last visible key.
+    return _attend(q, kv, layer, bits, False, tuning, interpret)[0]
+
+
+def attend_bits_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    bits: jax.Array,
+    start: jax.Array,
+    *,
+    tuning: Tuning = Tuning(),
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.sparse_attention.attend_bits_lse`."""
+    del start
+    B, C, H, _ = q.shape
+    out, lse = _attend(q, kv, layer, bits, True, tuning, interpret)
+    return out, lse.swapaxes(2, 3).reshape(B, -1, H)[:, :C]
+
+
+def _attend(
+    q: jax.Array, kv: jax.Array, layer: jax.Array, bits: jax.Array, partly: bool, tuning: Tuning, interpret: Any
+) -> list[jax.Array]:
+    """The result in the dtype of q; or `partly`: in float32, and log-sum-exps [B, blocks, H, Q]."""
     B, C, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
     Q = min(tuning.queries, pl.cdiv(C, 16) * 16)
@@ -85,7 +109,11 @@ def attend_bits(
     bits = jnp.pad(bits, ((0, 0), (0, blocks * Q - C), (0, width - S // WORD)))
     q = jnp.pad(q, ((0, 0), (0, blocks * Q - C), (0, 0), (0, 0))).reshape(B, -1, K)
     heads = pl.BlockSpec((None, Q * H, K), lambda b, i, _: (b, i, 0))
-    out = pl.pallas_call(
+    shapes, specs = [jax.ShapeDtypeStruct(q.shape, jnp.float32 if partly else q.dtype)], [heads]
+    if partly:
+        shapes.append(jax.ShapeDtypeStruct((B, blocks, H, Q), jnp.float32))
+        specs.append(pl.BlockSpec((None, None, H, Q), lambda b, i, _: (b, i, 0, 0)))
+    out, *lse = pl.pallas_call(
         partial(_attend_block, H=H, G=G, pages=S // PAGE),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -95,7 +123,7 @@ def attend_bits(
                 pl.BlockSpec((None, Q, width), lambda b, i, _: (b, i, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=heads,
+            out_specs=specs,
             scratch_shapes=_Scratch(
                 union=pltpu.VMEM((listed, LANES), jnp.int32),
                 following=pltpu.SMEM((listed, LANES), jnp.int32),
@@ -111,12 +139,12 @@ def attend_bits(
                 arrived=pltpu.SemaphoreType.DMA((2,)),
             ),
         ),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=32 * 2**20),
         interpret=interpret,
         name="attend_bits",
     )(layer.reshape(1), q, bits, tpu_shared.rows(kv))
-    return out.reshape(B, -1, H, K)[:, :C]
+    return [out.reshape(B, -1, H, K)[:, :C], *lse]
 
 
 class _Scratch(NamedTuple):
@@ -148,9 +176,19 @@ class _Scratch(NamedTuple):
 
 
 def _attend_block(
-    layer_ref: Any, q_ref: Any, bits_ref: Any, kv_ref: Any, o_ref: Any, *scratch: Any, H: int, G: int, pages: int
+    layer_ref: Any,
+    q_ref: Any,
+    bits_ref: Any,
+    kv_ref: Any,
+    o_ref: Any,
+    *refs: Any,
+    H: int,
+    G: int,
+    pages: int,
 ) -> None:
-    s = _Scratch(*scratch)
+    """refs: [H, Q] for the log-sum-exp of the scaled scores, MASKED where there is no key, if it is wanted; scratch."""
+    s = _Scratch(*refs[-len(_Scratch._fields) :])
+    lse_refs = refs[: -len(_Scratch._fields)]
     (Q, T), (parts, R, K), page_rows = s.bias.shape, s.numerator.shape, PAGE * 2 * G
     scale = K**-0.5 * log2(jnp.e)
     sequence = (layer_ref[0] * pl.num_programs(0) + pl.program_id(0)) * pages
@@ -219,11 +257,18 @@ def _attend_block(
     s.numerator[...] = jnp.zeros(s.numerator.shape, jnp.float32)
     lax.while_loop(lambda state: state[1] < pages, add_tile, (jnp.int32(0), first))
     heads = []
+    diagonal = lax.broadcasted_iota(jnp.int32, (Q, Q), 0) == lax.broadcasted_iota(jnp.int32, (Q, Q), 1)
     for i in range(parts):
         total = jnp.sum(s.denominator[i], axis=1, keepdims=True)
         out = s.numerator[i] * (1.0 / jnp.where(total == 0, 1.0, total))
         heads += [out[at : at + Q] for at in range(0, R, Q)]
-    o_ref[...] = tpu_shared.merge(heads, s.words, o_ref.dtype)
+        for lse_ref in lse_refs:
+            lse = jnp.where(total == 0, MASKED, s.maximum[i, :, :1] * K**-0.5 + jnp.log(total))
+            for at in range(0, R, Q):
+                # A column becomes a row: of the square that repeats it the diagonal is left.
+                row = jnp.sum(jnp.where(diagonal, lse[at : at + Q], 0.0), axis=0, keepdims=True)
+                lse_ref[pl.ds((i * R + at) // Q, 1), :] = row
+    tpu_shared.merge(heads, s.words, o_ref)
 
 
 def _list_pages(bits_ref: Any, union: Any, pages: int) -> None:

@@ -1,6 +1,6 @@
 """attend_ids on TPUs: attention of one query per sequence over listed keys.
 
-Schedule. A program takes the list of a sequence, or a part of it (`splits`). Ids become row numbers in vector registers
+Schedule. A program takes the list of a sequence, or a part of it (`cores`). Ids become row numbers in vector registers
 and move to scalar memory; from there one copy of 2 KB is started for each token, keys and values of all heads, 256
 tokens ahead of what is computed on. A tile is multiplied as it lies: all query heads with all 2 G rows of its tokens,
 of which a query head keeps those of its own key head; the probabilities, shifted by G rows, meet the values. So no row
@@ -8,8 +8,7 @@ is moved; the scalar unit, which starts the copies, is slower than the products 
 
 Cost. 2,048 ids x 2 KB = 4 MB a sequence: 5.1 us (v5e), 2.6 (v6e), 1.5 (v5p), 1.1 (tpu7x). Cycles that the compiler
 schedules: 4.6 a token for its copy and 2.5 for its products, in all 14,900 (v5e), 13,200 (v6e, tpu7x), 13,600 (v5p): 10
-us at 1.5 GHz. Sequences are shared out over the two cores of a v5p; one alone takes half of the cycles and a merge with
-`splits` = 2, which chips with one core would only pay for.
+us at 1.5 GHz. The two cores of a v5p share out sequences; of one alone they take half a list each, and merge.
 
 Tried and lost: bounds checks, ids in two dimensions and rows of a two-dimensional cache (25.6 cycles a copy instead of
 6.6); ids clamped by the scalar unit (6.6 instead of 4.9); 16 copies a step (4.9 instead of 4.6); copies unrolled among
@@ -27,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tuned
 from kernels_pallas.common import MASKED
 from kernels_pallas.sparse_attention import tpu_shared
 from kernels_pallas.sparse_attention.tpu_shared import LANES, SUBLANES
@@ -42,12 +42,12 @@ class Tuning:
     Attributes:
         tile: tokens that are fetched and computed on at once; a multiple of 128.
         unroll: copies that are started in one step of a loop; divides the tile.
-        splits: parts of a list that are attended to apart and merged; 2 pays for a single sequence on two cores.
+        cores: of a device. Where there are more than sequences, they share a list's parts and a merge follows.
     """
 
     tile: int = 256
     unroll: int = 32
-    splits: int = 1
+    cores: int = 1
 
 
 def supports(q: jax.Array, kv: jax.Array, ids: jax.Array) -> bool:
@@ -61,13 +61,34 @@ def attend_ids(
     layer: jax.Array,
     ids: jax.Array,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_ids`."""
+    return _attend(q, kv, layer, ids, q.dtype, tuning, interpret)[0]
+
+
+def attend_ids_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    ids: jax.Array,
+    *,
+    tuning: Tuning | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.sparse_attention.attend_ids_lse`."""
+    return _attend(q, kv, layer, ids, jnp.float32, tuning, interpret)
+
+
+def _attend(
+    q: jax.Array, kv: jax.Array, layer: jax.Array, ids: jax.Array, dtype: Any, tuning: Tuning | None, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The result in `dtype`, and its log-sum-exp."""
+    tuning = tuning or tuned.sizes("attend_ids", Tuning())
     B, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
-    T, splits = min(tuning.tile, pl.cdiv(ids.shape[1], LANES) * LANES), tuning.splits
+    T, splits = min(tuning.tile, pl.cdiv(ids.shape[1], LANES) * LANES), pl.cdiv(tuning.cores, B)
     width = pl.cdiv(ids.shape[1], splits * T) * T
     ids = jnp.pad(ids, ((0, 0), (0, splits * width - ids.shape[1])), constant_values=-1)
     part = pl.BlockSpec((None, None, H, LANES), lambda b, s, *_: (b, s, 0, 0))
@@ -91,7 +112,7 @@ def attend_ids(
             ],
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((B, splits, H, K), q.dtype if splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((B, splits, H, K), dtype if splits == 1 else jnp.float32),
             jax.ShapeDtypeStruct((B, splits, H, LANES), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), disable_bounds_checks=True),
@@ -99,17 +120,19 @@ def attend_ids(
         name="attend_ids",
     )(layer.reshape(1), q, ids.reshape(B, splits, 1, width), kv.reshape(-1, 2 * G, K))
     if splits == 1:
-        return out[:, 0]
+        return out[:, 0], lse[:, 0, :, 0]
     parts = pl.BlockSpec((None, splits, H, LANES), lambda b: (b, 0, 0, 0))
-    return pl.pallas_call(
+    whole = pl.BlockSpec((None, H, LANES), lambda b: (b, 0, 0))
+    out, lse = pl.pallas_call(
         _merge,
         grid=(B,),
         in_specs=[parts, parts],
-        out_specs=pl.BlockSpec((None, H, K), lambda b: (b, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_specs=(whole, whole),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H, LANES), jnp.float32)),
         interpret=interpret,
         name="merge_splits",
     )(out, lse)
+    return out, lse[:, :, 0]
 
 
 def _attend_split(
@@ -182,6 +205,10 @@ def _attend_split(
     lse_ref[...] = jnp.broadcast_to(jnp.where(total == 0, MASKED, maximum * K**-0.5 + jnp.log(total)), lse_ref.shape)
 
 
-def _merge(out_ref: Any, lse_ref: Any, o_ref: Any) -> None:
-    weights = jnp.exp(lse_ref[...] - jnp.max(lse_ref[...], axis=0))
-    o_ref[...] = (jnp.sum(out_ref[...] * weights, axis=0) / jnp.sum(weights, axis=0)).astype(o_ref.dtype)
+def _merge(parts_ref: Any, lses_ref: Any, o_ref: Any, lse_ref: Any) -> None:
+    largest = jnp.max(lses_ref[...], axis=0)
+    weights = jnp.exp(lses_ref[...] - largest)
+    total = jnp.sum(weights, axis=0)
+    o_ref[...] = (jnp.sum(parts_ref[...] * weights, axis=0) / total).astype(o_ref.dtype)
+    # MASKED stays what it is: it is too large for a logarithm to change.
+    lse_ref[...] = largest + jnp.log(total)

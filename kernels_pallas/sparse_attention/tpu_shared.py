@@ -57,17 +57,18 @@ def split(tile: jax.Array, words: Any, n: int) -> list[jax.Array]:
     return [pltpu.bitcast(half, jnp.float32).astype(tile.dtype) for half in halves]
 
 
-def merge(parts: list[jax.Array], words: Any, dtype: Any) -> jax.Array:
-    """The inverse of `split`, of float32 parts, which it rounds to a dtype."""
+def merge(parts: list[jax.Array], words: Any, out: Any) -> None:
+    """The inverse of `split`: writes float32 parts [T, K] to rows r, r + n, r + 2 n ... of a reference [n T, K], whose
+    dtype they are rounded to."""
     n, T = len(parts), parts[0].shape[0]
-    if dtype == jnp.float32:
+    if out.dtype == jnp.float32:
         for r, part in enumerate(parts):
-            words[pl.ds(r, T, stride=n), :] = part
-        return words[: n * T]
-    halves = [pltpu.bitcast(part.astype(dtype).astype(jnp.float32), jnp.uint32) for part in parts]
+            out[pl.ds(r, T, stride=n), :] = part
+        return
+    halves = [pltpu.bitcast(part.astype(out.dtype).astype(jnp.float32), jnp.uint32) for part in parts]
     for r in range(n // 2):
         words[pl.ds(r, T, stride=n // 2), :] = (halves[2 * r] >> 16) | halves[2 * r + 1]
-    return pltpu.bitcast(words[: n // 2 * T], dtype)
+    out[...] = pltpu.bitcast(words[: n // 2 * T], out.dtype)
 
 
 def dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

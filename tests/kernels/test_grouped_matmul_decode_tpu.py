@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.grouped_matmul import decode, decode_reference, decode_tpu, decode_tpu_router
-from tests.kernels.test_grouped_matmul_decode import LAYER, Case, assert_close
+from tests.kernels.test_grouped_matmul_decode import LAYER, SPREAD, Case, assert_close, spread
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 ONE_TILE_OF_TWO = decode_tpu.Tuning(tile=128)
@@ -33,11 +33,31 @@ def compare(case: Case, tuning: decode_tpu.Tuning = ONE_TILE_OF_TWO) -> None:
         Case(1, D=256, F=128, k=1),  # the second core has nothing to do
         Case(5, D=128, F=128, E=5, k=5, dtype=jnp.bfloat16, equal_rows=True),  # all rows share all experts
         Case(17, D=128, F=128, E=16, k=2),  # rows of two registers; more pairs than experts
+        Case(2, D=128, F=256, E=16, k=8, dtype=jnp.bfloat16, stored=jnp.int8),
+        Case(5, D=256, F=128, E=12, k=3, dtype=jnp.bfloat16, stored=jnp.float8_e4m3fn),  # no whole blocks of scales
+        Case(3, D=128, F=128, E=5, k=2, stored=jnp.int8),
     ],
     ids=str,
 )
 def test_step_equals_the_reference(case: Case) -> None:
     compare(case)
+
+
+@pytest.mark.parametrize("experts", SPREAD.values(), ids=SPREAD)
+def test_experts_of_other_devices_add_nothing_and_are_not_listed(experts: list[list[int]]) -> None:
+    case = Case(3, D=128, F=128, k=3, dtype=jnp.bfloat16)
+    arguments = spread(case, experts)
+    expected = decode_reference.experts_add(*arguments)
+    actual = jax.block_until_ready(jax.jit(partial(decode_tpu.experts_add, interpret=INTERPRET))(*arguments))
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
+    rows = [any(expert >= 0 for expert in row) for row in experts]
+    np.testing.assert_array_equal(np.asarray(actual).any(axis=1), rows)
+    assert_close(actual, expected, case.dtype)
+    *_, listed = decode_tpu_router.arrange(arguments[0], arguments[5], arguments[4], case.E, interpret=INTERPRET)
+    distinct = sorted({expert for row in experts for expert in row} - {-1})
+    np.testing.assert_array_equal(listed[0, : len(distinct)], distinct)
+    np.testing.assert_array_equal(listed[1], len(distinct))
 
 
 def test_a_tile_may_hold_all_columns() -> None:
@@ -69,11 +89,11 @@ def test_routing_equals_the_reference_and_lists_the_experts(case: Case) -> None:
     distinct = np.unique(np.asarray(experts))
     np.testing.assert_array_equal(listed[0, : len(distinct)], distinct)
     np.testing.assert_array_equal(listed[1], len(distinct))
-    # Behind the end each core's last one: nothing new to fetch.
+    # Behind the end each core's last one, or the other's first: nothing new to fetch.
     for core in range(decode_tpu_router.LISTS):
         mine = listed[0, core::2]
         used = len(distinct[core::2])
-        assert used == 0 or (mine[used:] == mine[used - 1]).all()
+        assert (mine[used:] == (mine[used - 1] if used else distinct[0])).all()
 
 
 def test_norm_route_has_the_rows_that_it_was_given() -> None:

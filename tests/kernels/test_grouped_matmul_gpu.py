@@ -16,15 +16,22 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from kernels_pallas.grouped_matmul import gpu, gpu_rows, grouped_matmul, grouped_swiglu, ragged, reference, spread_rows
 from kernels_pallas.grouped_matmul.gpu import CONSUMERS, ROWS, Tuning, tile_table
+from kernels_pallas.quantized import Quantized
 
 SMALL = Tuning(columns=128, stages=2, blocks=2)
 
 
-def operands(sizes: list[int], D: int, F: int, scale: float = 1.0) -> tuple[jax.Array, jax.Array, int, jax.Array]:
+def operands(
+    sizes: list[int], D: int, F: int, scale: float = 1.0, stored: Any = None
+) -> tuple[jax.Array, Any, int, jax.Array]:
     rng = np.random.default_rng(sum(sizes))
     x = rng.integers(-2, 3, (sum(sizes), D)) * scale
     w = rng.integers(-2, 3, (2, len(sizes), D, F)) * scale
-    return jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), 1, jnp.asarray(sizes, jnp.int32)
+    weights: Any = jnp.asarray(w, jnp.bfloat16)
+    if stored is not None:
+        channels = rng.uniform(0.5, 2.0, (2, len(sizes), F)) * scale
+        weights = Quantized(jnp.asarray(w / scale, stored), jnp.asarray(channels, jnp.float32))
+    return jnp.asarray(x, jnp.bfloat16), weights, 1, jnp.asarray(sizes, jnp.int32)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,27 @@ def test_swiglu_equals_the_reference(dtype: Any) -> None:
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=bound, atol=1e-30)
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype", "sizes"),
+    [
+        (jnp.int8, jnp.bfloat16, [3, 129, 0, 64, 70, 0]),
+        (jnp.float8_e4m3fn, jnp.bfloat16, [1, 0, 2, 0, 30, 0, 0, 4, 9, 8, 0, 3]),  # no whole blocks of scales
+        (jnp.int8, jnp.float32, [5, 0, 7]),
+    ],
+    ids=str,
+)
+def test_products_with_8_bit_weights_equal_the_reference(stored: Any, dtype: Any, sizes: list[int]) -> None:
+    x, w, layer, group_sizes = operands(sizes, 256, 512, 0.25, stored)
+    x, row_scale = x.astype(dtype), jnp.asarray(np.random.default_rng(0).uniform(0.1, 1, sum(sizes)), jnp.float32)
+    arguments = x, w, layer, group_sizes, row_scale
+    out = without_races(tpu.grouped_matmul(*arguments, out_dtype=dtype, interpret=INTERPRET))
+    np.testing.assert_array_equal(out, reference.grouped_matmul(*arguments[:4], dtype, row_scale))
+    gated = without_races(tpu.grouped_swiglu(*arguments[:4], interpret=INTERPRET))
+    expected = reference.grouped_swiglu(*arguments[:4]).astype(jnp.float32)
+    bound = 2**-7 if dtype == jnp.bfloat16 else 1e-6
+    np.testing.assert_allclose(gated.astype(jnp.float32), expected, rtol=bound, atol=1e-30)
+
+
 def test_a_group_of_infinities_leaves_the_others_alone() -> None:
     x, w, layer, group_sizes = operands([5, 40, 3], 128, 256)
     expected = np.asarray(reference.grouped_matmul(x, w, layer, group_sizes, jnp.float32))

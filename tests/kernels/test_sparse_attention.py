@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.common import pack_bits
-from kernels_pallas.sparse_attention import attend_bits, attend_ids
+from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
 
 B, H, K, LAYERS = 2, 4, 8, 2
 # Capacity (with tiles of 32, 32, 128 and 32: the largest that divides), key/value heads, dtype.
@@ -91,6 +91,37 @@ def test_single_queries_attend_to_the_listed_keys(seed: int, kind: tuple[int, An
     )
 
 
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), starts=st.tuples(st.integers(-200, 300), st.integers(-4, 130)))
+@example(seed=0, starts=(-3, -2))  # nothing visible, and one key of the last query
+def test_parts_merge_to_the_whole(seed: int, starts: tuple[int, int]) -> None:
+    """Two halves of the keys with their log-sum-exps, each with slots counted from its own first, give what all keys
+    give; a half without a selected key gives zeros and -1e30."""
+    capacity, chunk, half = 256, 3, 128
+    q, kv = random_inputs(seed, capacity, chunk, 2, jnp.float32)
+    start = np.array(starts, np.int32)
+    visible = np.arange(capacity) <= start[:, None, None] + np.arange(chunk)[:, None]
+    mask = visible & (np.random.default_rng(seed + 1).random(visible.shape) < 0.3)
+    outs, lses = [], []
+    for first in (0, half):
+        own = slice(first, first + half)
+        bits = pack_bits(jnp.asarray(mask[:, :, own]))
+        out, lse = attend_bits_lse(q, kv[:, :, own], 1, bits, jnp.asarray(start - first))
+        assert out.dtype == lse.dtype == jnp.float32
+        nothing = ~mask[:, :, own].any(-1)
+        assert np.all(np.asarray(lse)[nothing] == np.float32(-1e30))
+        assert not np.asarray(out)[nothing].any()
+        ids = np.where(mask[:, 1, own], np.arange(half), -1)
+        one, one_lse = attend_ids_lse(q[:, 1], kv[:, :, own], 1, jnp.asarray(ids, jnp.int32))
+        np.testing.assert_allclose(one, out[:, 1], rtol=0, atol=BOUNDS[jnp.float32])
+        np.testing.assert_allclose(one_lse, lse[:, 1], rtol=1e-6, atol=BOUNDS[jnp.float32])
+        outs.append(np.asarray(out, np.float64))
+        lses.append(np.asarray(lse, np.float64))
+    share = np.exp(np.array(lses) - np.max(lses, axis=0))
+    merged = (share[..., None] * outs).sum(0) / share.sum(0)[..., None]
+    np.testing.assert_allclose(merged, plain_attention(q, kv, 1, mask), rtol=0, atol=BOUNDS[jnp.float32])
+
+
 def test_chunk_of_one_equals_ids() -> None:
     q, kv = random_inputs(3, 128, 1, 2, jnp.float32)
     mask = np.zeros((B, 1, 128), bool)
@@ -136,11 +167,13 @@ def test_unselected_slots_do_not_count() -> None:
     ],
 )
 def test_wrong_shapes_are_refused(q: tuple[int, ...], kv: tuple[int, ...], bits: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"fit|multiple"):
-        attend_bits(jnp.zeros(q), jnp.zeros(kv), 0, jnp.zeros(bits, jnp.uint32), jnp.zeros(2, jnp.int32))
+    for attend in (attend_bits, attend_bits_lse):
+        with pytest.raises(ValueError, match=r"fit|multiple"):
+            attend(jnp.zeros(q), jnp.zeros(kv), 0, jnp.zeros(bits, jnp.uint32), jnp.zeros(2, jnp.int32))
 
 
 @pytest.mark.parametrize("ids", [(3, 5), (2, 5, 1)])
 def test_wrong_lists_are_refused(ids: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="ids"):
-        attend_ids(jnp.zeros((2, 4, 8)), jnp.zeros((2, 2, 32, 2, 2, 8)), 0, jnp.zeros(ids, jnp.int32))
+    for attend in (attend_ids, attend_ids_lse):
+        with pytest.raises(ValueError, match="ids"):
+            attend(jnp.zeros((2, 4, 8)), jnp.zeros((2, 2, 32, 2, 2, 8)), 0, jnp.zeros(ids, jnp.int32))

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import pack_bits
+from kernels_pallas.common import MASKED, pack_bits
 from kernels_pallas.sparse_attention import reference, tpu_bits
 from kernels_pallas.sparse_attention.tpu_bits import Tuning
 
@@ -18,20 +18,39 @@ K, LAYERS, LAYER = 128, 2, 1
 BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 
 
+# Log-sum-exps: of scores of size one, float32 sums of at most 640 exponentials, whose inputs are equal.
+LSE_BOUND = 2e-5
+
+
 def check(
-    mask: np.ndarray, start: list[int], heads: tuple[int, int], dtype: Any, tuning: Tuning, size: float = 1
+    mask: np.ndarray,
+    start: list[int],
+    heads: tuple[int, int],
+    dtype: Any,
+    tuning: Tuning,
+    size: float = 1,
+    partly: bool = False,
 ) -> None:
-    """Compares for random queries of heads[0] and keys of heads[1], the keys times `size`; mask [B, C, S]."""
+    """Compares for random queries of heads[0] and keys of heads[1], the keys times `size`; mask [B, C, S]. `partly`:
+    attend_bits_lse."""
     B, C, S = mask.shape
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((B, C, heads[0], K)), dtype)
     kv = jnp.asarray(rng.standard_normal((LAYERS, B, S, 2, heads[1], K)), dtype).at[:, :, :, 0].multiply(size)
     args = q, kv, jnp.int32(LAYER), pack_bits(jnp.asarray(mask)), jnp.asarray(start, jnp.int32)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    actual = jax.block_until_ready(tpu_bits.attend_bits(*args, tuning=tuning, interpret=interpret))
+    body = tpu_bits.attend_bits_lse if partly else tpu_bits.attend_bits
+    actual: Any = jax.block_until_ready(body(*args, tuning=tuning, interpret=interpret))
     assert interpreter.races is not None
     assert not interpreter.races.races_found
-    expected = reference.attend_bits(*args)
+    expected: Any = (reference.attend_bits_lse if partly else reference.attend_bits)(*args)
+    if partly:
+        (actual, lse), (expected, expected_lse) = actual, expected
+        assert lse.dtype == expected_lse.dtype == jnp.float32
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=LSE_BOUND)
+        seen = mask.any(-1)
+        assert np.all(np.asarray(lse)[~seen] == np.float32(MASKED))
+        assert not np.asarray(actual)[~seen].any()
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     bound = BOUNDS[dtype]
@@ -68,6 +87,31 @@ def test_equal_and_large_scores(size: float) -> None:
     """Equal scores are averaged; scores of a million make the softmax one-hot and do not overflow."""
     start = [11, 200]
     check(causal(start, 16, 256), start, (2, 1), jnp.float32, Tuning(pages=1), size)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "tuning"),
+    [
+        ((8, 4), jnp.bfloat16, Tuning(queries=16, pages=2)),
+        ((6, 2), jnp.bfloat16, Tuning(queries=32, pages=1, rows=32)),
+        ((2, 1), jnp.float32, Tuning(queries=64, pages=4)),
+    ],
+)
+def test_parts_of_a_sequence(heads: tuple[int, int], dtype: Any, tuning: Tuning) -> None:
+    """Log-sum-exps, where this part of the keys ends before the chunk, lies in it, or holds nothing visible; queries
+    that see one key or nothing of it."""
+    start = [700, -21, -400]
+    mask = causal(start, 37, 640) & (np.random.default_rng(2).random((3, 37, 640)) < 0.1)
+    mask[0, 4] = False
+    mask[0, 6] = np.arange(640) == 639
+    mask[0, :, 128:384] = False
+    mask[1, 21] = np.arange(640) == 0
+    check(mask, start, heads, dtype, tuning, partly=True)
+
+
+def test_log_sum_exps_of_large_scores() -> None:
+    start = [11, 200]
+    check(causal(start, 16, 256), start, (2, 1), jnp.float32, Tuning(pages=1), 1e6, partly=True)
 
 
 def test_pages_far_apart() -> None:

@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.common import MASKED
 from kernels_pallas.sparse_attention import reference, tpu_ids
 from kernels_pallas.sparse_attention.tpu_ids import Tuning
 
@@ -18,17 +19,37 @@ TILE = Tuning(tile=128, unroll=4)
 BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
 
 
-def check(ids: np.ndarray, heads: tuple[int, int], dtype: Any, tuning: Tuning = TILE, size: float = 1) -> None:
-    """Compares for random queries of heads[0] and keys of heads[1], the keys times `size`; ids [B, k]."""
+# Log-sum-exps: of scores of size one, float32 sums of at most 300 exponentials, whose inputs are equal.
+LSE_BOUND = 2e-5
+
+
+def check(
+    ids: np.ndarray,
+    heads: tuple[int, int],
+    dtype: Any,
+    tuning: Tuning = TILE,
+    size: float = 1,
+    partly: bool = False,
+) -> None:
+    """Compares for random queries of heads[0] and keys of heads[1], the keys times `size`; ids [B, k]. `partly`:
+    attend_ids_lse."""
     B, rng = len(ids), np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((B, heads[0], K)), dtype)
     kv = jnp.asarray(rng.standard_normal((LAYERS, B, CAPACITY, 2, heads[1], K)), dtype)
     args = q, kv.at[:, :, :, 0].multiply(size), jnp.int32(LAYER), jnp.asarray(ids, jnp.int32)
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    actual = jax.block_until_ready(tpu_ids.attend_ids(*args, tuning=tuning, interpret=interpret))
+    body = tpu_ids.attend_ids_lse if partly else tpu_ids.attend_ids
+    actual: Any = jax.block_until_ready(body(*args, tuning=tuning, interpret=interpret))
     assert interpreter.races is not None
     assert not interpreter.races.races_found
-    expected = reference.attend_ids(*args)
+    expected: Any = (reference.attend_ids_lse if partly else reference.attend_ids)(*args)
+    if partly:
+        (actual, lse), (expected, expected_lse) = actual, expected
+        assert lse.dtype == expected_lse.dtype == jnp.float32
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=LSE_BOUND)
+        seen = (ids >= 0).any(-1)
+        assert np.all(np.asarray(lse)[~seen] == np.float32(MASKED))
+        assert not np.asarray(actual)[~seen].any()
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     bound = BOUNDS[dtype]
@@ -46,12 +67,26 @@ def lists(slots: int, *used: int) -> np.ndarray:
     ("heads", "dtype", "used", "tuning"),
     [
         ((8, 4), jnp.bfloat16, (300, 129), TILE),
-        ((6, 2), jnp.bfloat16, (128, 0), Tuning(tile=128, unroll=4, splits=2)),  # a split, and a sequence, without keys
+        # Two parts of a list, of which one, or both in a sequence, have no keys.
+        ((6, 2), jnp.bfloat16, (128, 0), Tuning(tile=128, unroll=4, cores=4)),
         ((8, 1), jnp.float32, (1, 20), TILE),
     ],
 )
 def test_lists_of_any_length(heads: tuple[int, int], dtype: Any, used: tuple[int, int], tuning: Tuning) -> None:
     check(lists(300, *used), heads, dtype, tuning)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "tuning", "size"),
+    [
+        ((8, 4), jnp.bfloat16, TILE, 1),
+        ((6, 2), jnp.bfloat16, Tuning(tile=128, unroll=4, cores=4), 1),  # two parts of each list
+        ((8, 1), jnp.float32, TILE, 1e6),
+    ],
+)
+def test_parts_of_a_list(heads: tuple[int, int], dtype: Any, tuning: Tuning, size: float) -> None:
+    """Log-sum-exps, of many keys, of one, and of none."""
+    check(lists(300, 290, 1, 0), heads, dtype, tuning, size, partly=True)
 
 
 def test_unused_slots_between_ids() -> None:

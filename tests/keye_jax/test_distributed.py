@@ -15,6 +15,7 @@ from keye_jax import distributed, graphs, ops, sharding
 from keye_jax.cache import init_cache
 from keye_jax.config import KeyeConfig
 from keye_jax.parallel import Axis
+from keye_jax.params import WeightFormat
 from tests.keye_jax.golden_prompts import MODES
 from tests.keye_jax.tiny import greedy_state
 
@@ -109,7 +110,9 @@ def test_golden_tokens_on_several_devices(
 CHUNK, STEPS = 28, 8
 
 
-def answer(config: KeyeConfig, preset: str, devices: int, params: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+def answer(
+    config: KeyeConfig, preset: str, devices: int, params: Any, batch: dict[str, Any], weights: WeightFormat = "none"
+) -> tuple[Any, Any]:
     """Tokens [B, MAX_DECODE_STEPS] and the logits that prefill leaves."""
     layout = sharding.layout(preset, devices)
     rows, length = batch["tokens"].shape
@@ -118,11 +121,11 @@ def answer(config: KeyeConfig, preset: str, devices: int, params: Any, batch: di
     prefill = partial(graphs.prefill, config=config, layout=layout)
     decode = partial(graphs.decode, config=config, layout=layout)
     if devices > 1:
-        weights = sharding.param_partitions(config, preset, devices)["text"]
+        own = sharding.param_partitions(config, preset, devices, weights)["text"]
         slots = sharding.cache_partitions(cache, preset)
         mesh: Any = mesh_of(devices)
-        prefill = sharding.spread(prefill, mesh, (weights, slots, WHOLE, WHOLE), (slots, WHOLE))
-        decode = sharding.spread(decode, mesh, (weights, slots, WHOLE, WHOLE, WHOLE), (slots, *[WHOLE] * 4))
+        prefill = sharding.spread(prefill, mesh, (own, slots, WHOLE, WHOLE), (slots, WHOLE))
+        decode = sharding.spread(decode, mesh, (own, slots, WHOLE, WHOLE, WHOLE), (slots, *[WHOLE] * 4))
     prefill, decode = jax.jit(prefill), jax.jit(decode)
     valid = np.asarray(batch["valid"])
     for first in range(0, length, CHUNK):

@@ -1,18 +1,21 @@
 """The vision tower against the dense numpy model, one frame at a time."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
+from keye_jax import graphs, sharding
 from keye_jax.config import VisionConfig
 from keye_jax.vision import interpolate_positions, patch_layout, project_rows, vision_tokens
+from runtime.aot import collectives
 from tests.keye_jax import dense_numpy as dense
 from tests.keye_jax.tiny import TINY, random_params
 
@@ -144,3 +147,55 @@ def test_position_table_resizes_like_the_definition(rows: int, columns: int, sid
 @partial(jax.jit, static_argnames="side")
 def _interpolate(table: jax.Array, layout: Any, side: int) -> jax.Array:
     return interpolate_positions(table, layout, side)
+
+
+SHARE = 96
+"""Patches of the program on each device."""
+
+
+@cache
+def over(devices: int) -> Any:
+    """The vision program spread over that many devices."""
+    if devices == 1:
+        return jax.jit(partial(graphs.vision, config=TINY))
+    layout, frames = sharding.layout("context", devices), sharding.FRAMES
+    mesh: Any = Mesh(np.array(jax.devices()[:devices]), ("model",))
+    program = partial(graphs.vision, config=TINY, layout=layout)
+    return jax.jit(sharding.spread(program, mesh, (sharding.WHOLE, frames, frames), sharding.WHOLE))
+
+
+@settings(max_examples=20)
+@given(
+    devices=st.sampled_from([2, 4, 8]),
+    shares=st.lists(
+        st.lists(st.sampled_from([(1, 2, 2), (1, 2, 8), (1, 4, 6), (2, 2, 4)]), min_size=1, max_size=4),
+        min_size=1,
+        max_size=8,
+    ),
+    seed=st.integers(0, 99),
+)
+@example(devices=8, shares=[[(1, 4, 6)]], seed=0)
+@example(devices=8, shares=[[(3, 2, 4)], [(1, 2, 20)], [(1, 2, 2), (1, 6, 4)]], seed=0)
+@example(devices=2, shares=[[(1, 4, 6)] * 4, [(1, 2, 2)]], seed=0)
+def test_each_device_encodes_its_share_as_it_would_alone(
+    devices: int, shares: list[list[tuple[int, int, int]]], seed: int
+) -> None:
+    """To the last bit, for several sizes of images, uneven shares and devices without any."""
+    shares, tower = shares[:devices], weights()
+    pixels = random_patches(devices * SHARE, seed=seed)
+    grids = np.zeros((devices, SHARE // 4, 3), np.int32)
+    for device, items in enumerate(shares):
+        grids[device, : len(items)] = items
+    rows = np.asarray(over(devices)(tower, pixels, grids.reshape(-1, 3)))
+    for grid, own, found in zip(grids, np.split(pixels, devices), np.split(rows, devices), strict=True):
+        np.testing.assert_array_equal(found, over(1)(tower, own, grid))
+    first = sum(t * h * w for t, h, w in shares[0])
+    assert_close(rows[: first // 4], plain_rows(tower, pixels[:first], shares[0], TINY.vision))
+
+
+def test_devices_exchange_nothing_but_the_rows() -> None:
+    grids = jax.ShapeDtypeStruct((8 * SHARE // 4, 3), jnp.int32)
+    pixels = jax.ShapeDtypeStruct((8 * SHARE, *random_patches(1).shape[1:]), jnp.float32)
+    found = collectives(over(8).lower(weights(), pixels, grids).compile().as_text())
+    assert [one.kind for one in found] == ["all-gather"]
+    assert found[0].bytes == 8 * SHARE // 4 * TINY.text.hidden_size * 4

@@ -52,3 +52,14 @@ def test_patch_buckets_at_most_double_the_work(count: int) -> None:
     size = buckets.patches(count)
     assert count <= size < max(257, 2 * count)
     assert size & (size - 1) == 0
+
+
+@given(st.integers(1, 1 << 20), st.integers(1, 16))
+def test_shares_fill_the_devices(total: int, devices: int) -> None:
+    """One device takes what it did alone; several take it in one call as soon as that is possible, none too much."""
+    most = buckets.BATCH_PATCHES
+    share = buckets.share(total, devices, most)
+    assert share <= most
+    assert share == most or share * devices >= total
+    assert share == buckets.patches(share)
+    assert share == buckets.patches(1) or 2 * (-(-total // devices)) > share

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from keye_jax import sharding
+from keye_jax.config import KeyeConfig
 from runtime.bundle import Bundle
 from runtime.manifest import StoredArray
 
@@ -158,6 +160,32 @@ def test_a_process_reads_only_what_its_devices_hold(tiny_bundle):
     split = [array for name, array in arrays(Bundle.open(tiny_bundle)) if re.search(SPLIT, name)]
     everything = sum(array.nbytes for _, array in arrays(Bundle.open(tiny_bundle)))
     assert {part["own"] for part in found} == {everything - sum(array.nbytes for array in split) // 2}
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("preset", ["expert", "context"])
+def test_values_and_scales_of_8_bit_weights_are_spread_alike(golden_int8_bundle, preset, devices):
+    """A device's scales are those of the output channels that it has: of its experts and heads, and all of the output
+    projection's, which sums over heads."""
+    bundle = Bundle.open(golden_int8_bundle)
+    config, mesh = KeyeConfig.from_hf(bundle.config), Mesh(np.array(jax.devices()[:devices]), (sharding.MODEL_AXIS,))
+    partitions = sharding.param_partitions(config, preset, devices, "int8")
+    whole = jax.tree.map(np.asarray, bundle.load_params())
+    spread = bundle.load_params(shardings=sharding.shardings(partitions, mesh))
+    for (path, found), expected in zip(jax.tree.leaves_with_path(spread), jax.tree.leaves(whole), strict=True):
+        assert found.dtype == expected.dtype, path
+        for shard in found.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[shard.index], err_msg=str(path))
+    layers, split = spread["text"]["layers"], {True: devices, False: 1}
+    for name, node, divides in (
+        ("head", spread["text"]["lm_head"], config.text.vocab_size % devices == 0),
+        ("experts", layers["moe"]["down_proj"], config.text.num_experts % devices == 0),
+        ("queries", layers["attn"]["q_proj"], preset == "context" and config.text.num_attention_heads % devices == 0),
+    ):
+        for part in ("values", "scale"):
+            own = node[part].addressable_shards[0].data.size
+            assert own * split[divides] == node[part].size, (name, part)
+    assert layers["attn"]["o_proj"]["scale"].sharding.is_fully_replicated
 
 
 def test_a_parameter_without_sharding_is_named(tiny_bundle):

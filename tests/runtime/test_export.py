@@ -14,8 +14,7 @@ from keye_jax import KeyeConfig, sharding
 from keye_jax.params import count_params
 from runtime import buckets, graphs
 from runtime.bundle import Bundle
-from runtime.errors import InputError
-from runtime.export import main, topology_devices
+from runtime.export import main
 from runtime.graphs import GraphKey
 
 
@@ -229,19 +228,12 @@ def test_an_interrupted_export_keeps_the_graphs_it_has_made(tiny: Path, monkeypa
     assert {key.program for key in Bundle.open(tiny).graphs} == {"vision", "prefill"}
 
 
+def test_graphs_are_not_exported_into_an_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is fetched or traced."""
+    assert main(["gs://bucket/bundle", "--platform", "cpu"]) == 2
+    assert "error: gs://bucket/bundle is an address; export into the bundle's folder" in capsys.readouterr().err
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runtime.export.main([str(tmp_path), "--platform", "cpu"]) == 2
     assert "holds no manifest.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "devices"), [("v5e:2x4", 8), ("v5p:2x2x1", 4), ("v6e:16x16", 256), ("tpu7x:2x2x1", 8)]
-)
-def test_topologies_have_their_devices(name: str, devices: int) -> None:
-    assert topology_devices(name) == devices
-
-
-@pytest.mark.parametrize("name", ["", ":", "v5e:", "v5e:2x", "v5e:x2", "v5e:2X4", "v5e:²x4", "V5E:2x4", "v5e:8"])
-def test_misspelt_topologies_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match="--topology"):
-        topology_devices(name)

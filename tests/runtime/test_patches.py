@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.patches import patchify
+from runtime.patches import packed, patchify
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -50,3 +50,13 @@ def test_black_and_white_span_exactly_minus_one_to_one():
 def test_other_types_and_shapes_are_refused(frames):
     with pytest.raises(ValueError, match="frames"):
         patchify(frames, HALF, HALF)
+
+
+def test_shares_lie_one_after_the_other_each_with_its_padding():
+    """Two shares for three devices of eight patches; a row stands for four."""
+    shares = [(np.full((n, 3, 2, 2), n, np.float32), np.full((n // 4, 3), n, np.int32)) for n in (8, 4)]
+    pixels, grids = packed(shares, devices=3, size=8, area=4)
+    assert (pixels.dtype, pixels.shape) == (np.float32, (24, 3, 2, 2))
+    assert pixels[:, 0, 0, 0].tolist() == [8] * 8 + [4] * 4 + [0] * 12
+    assert (grids.dtype, grids.shape) == (np.int32, (6, 3))
+    assert grids[:, 0].tolist() == [8, 8, 4, 0, 0, 0]

@@ -178,7 +178,7 @@ def test_a_graph_traced_for_other_weights_is_refused_and_can_be_made_again(
 def tracer(bundle: Bundle) -> Any:
     from runtime.trace import Tracer
 
-    return Tracer(bundle.config, bundle.dtype, bundle.indexer_dtype)
+    return Tracer.of(bundle)
 
 
 @pytest.fixture(scope="module")
