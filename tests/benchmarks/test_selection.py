@@ -101,7 +101,8 @@ def test_short_prompts_have_no_figures(model: KeyeVL) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint, a clip of a second and three questions about it."""
     folder = tmp_path_factory.mktemp("small")
-    write_tiny_checkpoint(folder / "checkpoint", seed=3)
+    one_layer = {"num_hidden_layers": 1, "vision_config": {"num_hidden_layers": 1}}
+    write_tiny_checkpoint(folder / "checkpoint", seed=3, overrides=one_layer)
     write_video(folder / "a.mp4", [numbered_picture(n) for n in range(30)])
     questions = [{"kind": "colour", "question": "Which colour?", "answer": "red"}]
     entry = {"duration": 1.0, "queries": ["It moves."], "spans": [[0, 1]], "questions": questions}
