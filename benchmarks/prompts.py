@@ -24,8 +24,9 @@ _BATCH_PATCHES = 8192
 
 def bundle_model(bundle: Bundle) -> KeyeVL:
     """The model of a bundle, on the default device."""
-    config = KeyeConfig.from_hf(bundle.config, indexer_dtype=bundle.indexer_dtype)
-    return KeyeVL(config, bundle.load_params())
+    indexer_dtype: Any = bundle.indexer_dtype
+    weights: Any = bundle.weight_format
+    return KeyeVL(KeyeConfig.from_hf(bundle.config, indexer_dtype=indexer_dtype), bundle.load_params(), weights)
 
 
 def chunks(model: KeyeVL, prompt: Prompt, size: int) -> Iterator[Chunk]:
@@ -36,7 +37,7 @@ def chunks(model: KeyeVL, prompt: Prompt, size: int) -> Iterator[Chunk]:
     if prompt.media:
         parts = [model.encode_vision(*map(jnp.asarray, batch)) for batch in prompt.patch_batches(_BATCH_PATCHES)]
         rows[is_vision] = np.concatenate([np.asarray(part, np.float32) for part in parts])
-    dtype = model.arrays()["text"]["embed_tokens"].dtype
+    dtype = model.arrays()["text"]["norm"].dtype
     for first in range(0, T, size):
         part = slice(first, first + size)
         valid = min(size, T - first)
@@ -68,7 +69,8 @@ def index_recall(model: KeyeVL, prompt: Prompt) -> np.ndarray:
     """How much of dense attention falls on the keys that the indexer selects: [L], averaged over heads and tokens.
 
     The definition is that of training (`examples.train_tiny.attention.recall`): the layers attend to everything, and
-    the selection that each would have made is held against its attention. Takes [T, T] float32 arrays for T tokens.
+    the selection that each would have made is held against its attention. Takes [T, T] float32 arrays for T tokens, and
+    a model whose weights are floats.
     """
     size = -(-len(prompt.token_ids) // 512) * 512
     (chunk,) = chunks(model, prompt, size)

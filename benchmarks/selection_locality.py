@@ -26,6 +26,7 @@ from keye_jax import KeyeConfig, KeyeVL
 from keye_jax.cache import Cache, init_cache
 from keye_jax.decoder import embed, rope_tables
 from keye_jax.graphs import Chunk
+from keye_jax.layers import weights_of
 from runtime.engine import Engine
 from runtime.errors import InputError
 from runtime.media_options import VideoOptions
@@ -48,7 +49,7 @@ def locality(model: KeyeVL, prompt: Prompt) -> dict[str, Any]:
     topk = config.sparse.topk
     text = model.arrays()["text"]
     capacity = -(-T // CHUNK) * CHUNK
-    cache = init_cache(config, 1, capacity, text["embed_tokens"].dtype)
+    cache = init_cache(config, 1, capacity, text["norm"].dtype)
     parts = []
     for chunk in chunks(model, prompt, CHUNK):
         cache, found = _unions(text, cache, chunk, config)
@@ -87,11 +88,12 @@ def _unions(text: dict[str, Any], cache: Cache, chunk: Chunk, config: KeyeConfig
     """The cache with a chunk appended, and by block size int32 [L, C / size, 2]: keys and pages of each union."""
     h = embed(text, chunk["tokens"], chunk["vision_rows"], chunk["is_vision"])
     C, S, layers = h.shape[1], cache["kv"].shape[2], config.text.num_hidden_layers
+    weights = weights_of(text["layers"])
     rest = (rope_tables(chunk["positions"], config, h.dtype), chunk["valid"], config)
 
     def body(layer: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         h, cache, found = carry
-        h, cache, selected = selected_by(text["layers"], layer, h, cache, rest)
+        h, cache, selected = selected_by(weights, layer, h, cache, rest)
         for size in BLOCKS:
             union = selected[0].reshape(C // size, size, S).any(axis=1)
             pages = union.reshape(C // size, S // PAGE, PAGE).any(axis=-1)

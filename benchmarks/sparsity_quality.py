@@ -9,7 +9,6 @@ averaged over layers and over the prompts of the first videos.
 """
 
 import argparse
-import inspect
 import json
 import shlex
 import sys
@@ -41,7 +40,7 @@ class Variant:
     options: dict[str, str]
     dense: bool = False
     recall: bool = False
-    """Whether its selection is one that the rows above do not have."""
+    """Whether to measure index recall, which takes float weights."""
 
 
 VARIANTS = (
@@ -105,9 +104,6 @@ def _measure(
     variant: Variant, folder: Path, items: list[Item], paths: dict[str, Path | None], args: argparse.Namespace
 ) -> dict[str, Any]:
     record: dict[str, Any] = {"name": variant.name, **variant.options}
-    unknown = sorted(variant.options.keys() - inspect.signature(convert).parameters)
-    if unknown:
-        return record | {"skipped": f"this version of convert has no {unknown[0]!r}"}
     begun = time.perf_counter()
     checkpoint = dense_checkpoint(args.checkpoint, folder / "checkpoint") if variant.dense else args.checkpoint
     options: dict[str, Any] = variant.options
@@ -149,13 +145,12 @@ def _recall(engine: Engine, items: list[Item], paths: dict[str, Path | None], co
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table; what was skipped stands below it."""
-    measured = [record for record in records if "figures" in record]
-    kinds = sorted({name for r in measured for name in r["figures"] if name.startswith("accuracy, ")})
+    """The records as a Markdown table."""
+    kinds = sorted({name for r in records for name in r["figures"] if name.startswith("accuracy, ")})
     columns = ["mIoU", "R@0.5", *kinds]
     head = ["variant", "top-k", "context / top-k", "index recall", *columns]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
-    for record in measured:
+    for record in records:
         figures = record["figures"]
         ratio = f"{record['prompt_tokens'] / record['topk']:.2f}" if record["prompt_tokens"] else "-"
         recall = f"{100 * record['index_recall']['mean']:.1f} %" if "index_recall" in record else "-"
@@ -166,8 +161,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 "-" if f is None else f"{100 * f['mean']:.1f} % ({100 * f['low']:.1f} to {100 * f['high']:.1f})"
             )
         lines.append(" | ".join(cells))
-    skipped = [f"{record['name']}: left out, {record['skipped']}" for record in records if "skipped" in record]
-    return "\n".join([*(f"| {line} |" for line in lines), *skipped])
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from runtime.spans import Span
 WIDTH, MARGIN = 1400, 36
 LEFT, RIGHT = 110, WIDTH - 60
 """Where the time line begins and ends."""
-BARS, THUMB_HEIGHT, THUMB_WIDTH = 150, 120, 130
-"""Height of the bars; height of a thumbnail at most, and how wide it is where there are more frames than fit."""
+BARS, THUMB_HEIGHT, THUMB_WIDTH, LEAST_WIDTH = 150, 120, 130, 72
+"""Height of the bars; height of a thumbnail at most; how wide it is where there are more frames than fit; how narrow it
+may be for all frames to fit."""
 LANE, MOST_SPANS = 26, 6
 IMAGE_ROW = 96
 MOST_ROWS = 24
@@ -180,8 +181,8 @@ class _Page:
     def _thumbnails(self, axis: Axis, frames: np.ndarray) -> None:
         """As many frames as fit, each at its own time or beside it."""
         height, width = frames.shape[1:3]
-        fits = (RIGHT - LEFT) // min(round(THUMB_HEIGHT * width / height) + 4, THUMB_WIDTH)
-        count = max(1, min(len(frames), fits))
+        fits = (RIGHT - LEFT) // min(max(round(THUMB_HEIGHT * width / height) + 4, 24), THUMB_WIDTH)
+        count = len(frames) if len(frames) <= (RIGHT - LEFT) // LEAST_WIDTH else fits
         slot = (RIGHT - LEFT) / count
         tallest = 0
         for i in range(count):

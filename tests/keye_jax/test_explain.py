@@ -118,7 +118,7 @@ def test_counts_of_a_model_on_several_devices(decoded: Any, preset: str, devices
     slots = sharding.cache_partitions(cache, preset)
     program = partial(graphs.explain, config=TINY, layout=sharding.layout(preset, devices))
     partitions = (sharding.param_partitions(TINY, preset, devices)["text"], slots, sharding.WHOLE)
-    spread: Any = sharding.spread(program, mesh, partitions, (slots, slots["idx_k"]))  # pyright: ignore
+    spread: Any = sharding.spread(program, mesh, partitions, (slots, sharding.WHOLE))  # pyright: ignore
     # A device's share of the slots is a multiple of the selection's words.
     room = 128 * devices - cache["kv"].shape[2]
     cache = {

@@ -20,9 +20,10 @@ from runtime.media_options import ImageOptions
 from runtime.processor import Media, Prompt
 from runtime.sampling import SamplingOptions
 from runtime.spans import named_spans
-from tests.runtime.media import numbered_picture, real_photo
+from tests.runtime.media import numbered_picture
 
 SMALL = ImageOptions(max_pixels=50176)
+PICTURE = numbered_picture(5, 224, 224)
 IMAGE, VIDEO = 500, 501
 SETTINGS: Any = type("Settings", (), {"image_token_id": IMAGE, "video_token_id": VIDEO, "merge_size": 2})
 
@@ -160,7 +161,7 @@ def test_files_that_cannot_be_written_are_refused_before_anything_runs(tmp_path:
 
 
 def ask(engine: Engine, new: int = 20) -> Any:
-    content = [{"type": "image", "image": str(real_photo())}, {"type": "text", "text": "What is this?"}]
+    content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is this?"}]
     generation = engine.generate(
         [{"role": "user", "content": content}],
         image_options=SMALL,
@@ -186,7 +187,7 @@ def test_a_generation_is_explained_in_chunks_of_any_size(tiny_engine: Engine, mo
 
 def test_every_step_selects_as_many_as_there_may_be(tiny_engine: Engine) -> None:
     """The shares of all tokens add up to top-k, and the answer alone is another average than everything produced."""
-    content = [{"type": "image", "image": str(real_photo())}, {"type": "text", "text": "What is this?"}]
+    content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is this?"}]
     asked = tiny_engine.prepare([{"role": "user", "content": content}], image_options=SMALL)
     executor, topk = tiny_engine.executor(), tiny_engine.bundle.config["sa_config"]["topk"]
     run = executor.run([asked], [SamplingOptions()], [12], (), explain=True)
@@ -211,13 +212,14 @@ def test_only_what_was_kept_can_be_explained(tiny_engine: Engine) -> None:
 def test_the_command_line_draws_and_says_it_in_json(
     tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = tmp_path / "out.png"
+    target, photo = tmp_path / "out.png", tmp_path / "photo.png"
+    Image.fromarray(PICTURE).save(photo)
     options = ["--max-pixels", "50176", "--prompt", "What is this?", "--max-new-tokens", "4", "--temperature", "0"]
-    command = [str(tiny_bundle), "--image", str(real_photo()), *options, "--explain"]
+    command = [str(tiny_bundle), "--image", str(photo), *options, "--explain"]
     assert main([*command, str(target), "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)["explanation"]
-    assert found["media"][0]["label"] == real_photo().name
+    assert found["media"][0]["label"] == "photo.png"
     assert found["everything"] is False
     with Image.open(target) as picture:
         assert picture.width == WIDTH
