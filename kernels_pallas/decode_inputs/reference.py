@@ -42,7 +42,7 @@ def decode_inputs(
 def project(a: jax.Array, matrix: Matrix) -> jax.Array:
     """[B, D] times [D, ...N]: float32 sums, scaled if the matrix is, rounded once to the dtype of a.
 
-    N stays several axes: to flatten them XLA's TPU backend changes the layout of every layer's matrix, which for one row
+    N stays several axes: to flatten them XLA's TPU backend changes the layout of each layer's matrix, which for one row
     moves three times the bytes (query and output projections of eight layers on v5e, by its own count, 806 MB instead
     of 269 in bfloat16 and 739 instead of 202 in int8).
     """
