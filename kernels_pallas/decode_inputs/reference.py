@@ -40,6 +40,10 @@ def decode_inputs(
 
 
 def project(a: jax.Array, matrix: Matrix) -> jax.Array:
-    """[B, D] times [D, ...N]: float32 sums, scaled if the matrix is, rounded once to the dtype of a."""
-    flat = einsum_f32("bd,dn->bn", a, values_of(matrix, a.dtype).reshape(a.shape[1], -1))
-    return scaled(flat.reshape(a.shape[0], *matrix.shape[1:]), matrix).astype(a.dtype)
+    """[B, D] times [D, ...N]: float32 sums, scaled if the matrix is, rounded once to the dtype of a.
+
+    N stays several axes: to flatten them XLA's TPU backend changes the layout of each layer's matrix, which for one row
+    moves three times the bytes (query and output projections of eight layers on v5e, by its own count, 806 MB instead
+    of 269 in bfloat16 and 739 instead of 202 in int8).
+    """
+    return scaled(einsum_f32("bd,d...->b...", a, values_of(matrix, a.dtype)), matrix).astype(a.dtype)
