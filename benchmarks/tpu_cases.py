@@ -77,7 +77,7 @@ def _selection(config: KeyeConfig, indexer: IndexerDtype) -> Iterator[Case]:
 
 
 QUERIES = 32
-"""Of a block of `select_bits` at this context: each block reads all keys."""
+"""Of a block of `select_bits` at this context: each block reads all keys. Twice as many on v5e and v6e."""
 ATTENDING = 64
 """Of a block of `attend_bits`: each block reads the pages that one of its queries selected, at worst all."""
 
@@ -93,6 +93,7 @@ def _attention(config: KeyeConfig) -> Iterator[Case]:
     read = -(-CHUNK // ATTENDING) * CONTEXT * token
     shape = f"1 x {CHUNK} of {CONTEXT}, every page"
     yield Case("attend_bits", shape, partial(ops.attend_bits, most=s.topk), args, flops, float(read))
+    yield from _parts(config)
     for batch in (1, 4):
         cache = abstract_cache(config, batch, CONTEXT, DTYPE)
         q = _array((batch, t.num_attention_heads, t.head_dim))
@@ -101,6 +102,23 @@ def _attention(config: KeyeConfig) -> Iterator[Case]:
         yield Case(
             "attend_ids", f"{batch} x {s.topk} of {CONTEXT}", ops.attend_ids, args, flops, batch * s.topk * token
         )
+
+
+def _parts(config: KeyeConfig) -> Iterator[Case]:
+    """Attention over an eighth of the keys, as in a program for eight devices."""
+    t, s = config.text, config.sparse
+    token = 2 * t.num_key_value_heads * t.head_dim * WEIGHT_BYTES
+    work, slots = Work(config), CONTEXT // 8
+    cache = abstract_cache(config, 1, slots, DTYPE)
+    q = _array((1, CHUNK, t.num_attention_heads, t.head_dim))
+    args = (q, cache["kv"], _SCALAR, _array((1, CHUNK, slots // 32), jnp.uint32), _array((1,), jnp.int32))
+    read = -(-CHUNK // ATTENDING) * slots * token + 4 * q.size
+    shape = f"1 x {CHUNK} of {slots}, every page"
+    flops = work.attention_flops(CHUNK * slots)
+    yield Case("attend_bits_lse", shape, partial(ops.attend_bits_lse, most=s.topk), args, flops, float(read))
+    args = (q.update(shape=(1, *q.shape[2:])), cache["kv"], _SCALAR, _array((1, s.topk), jnp.int32))
+    shape = f"1 x {s.topk} of {slots}"
+    yield Case("attend_ids_lse", shape, ops.attend_ids_lse, args, work.attention_flops(s.topk), float(s.topk * token))
 
 
 def _experts(config: KeyeConfig) -> Iterator[Case]:

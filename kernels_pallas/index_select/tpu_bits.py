@@ -1,6 +1,6 @@
 """select_bits on TPUs: index scores of a block of queries stay in VMEM until their exact top-k has left as bits.
 
-Schedule of one program, Q = 16..128 queries (as many as have their scores in 32 MiB):
+Schedule of one program, Q = 16..128 queries (as many as have their scores in 32 MiB, or in 64 where there are 128):
   1. Keys come by DMA in segments of 4,096, two under way. They are upcast, scaled (by powers of two: exact) and turned
      to [keys, I] in VMEM in the shadow of the products with the segment before.
   2. A tile is 128 keys that are 32 apart: all heads of the block times these keys on the matrix units; relu, gate and
@@ -21,6 +21,9 @@ of the search, at 1.5, 1.75, 1.75 and 2.2 GHz; nothing was measured on a chip:
 | time | 4.7 ms | 3.2 ms | 2.0 ms | 2.5 ms |
 | floor, products at the datasheet's rate | 1.40 ms | 0.30 ms | 0.60 ms | 0.24 ms |
 
+v5e and v6e have room for Q = 64 (`tuned`), which turns the keys for twice as many: 143 + 17 MB, 8,100 / 2,770 / 519 and
+5,170 / 2,770 / 519 bundles: 3.9 and 2.5 ms.
+
 Lost, in bundles of the products: words' keys 32 rows apart in VMEM (every row its own load: +28%); one reference with
 two slots for the turned keys (the compiler then orders their loads and stores: +35%); tiles of 256 keys for matrix
 units of that width (no change); reading e4m3 bytes as e4m3b11fnuz, which older chips unpack faster (-1% on v5e, 3.5
@@ -37,6 +40,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tuned
 from kernels_pallas.common import WORD
 from kernels_pallas.index_select import tpu_stream
 from kernels_pallas.index_select.sort_keys import LOWEST, sort_key
@@ -89,10 +93,11 @@ def select_bits(
     layer: jax.Array | int,
     start: jax.Array,
     topk: int,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.index_select.select_bits`; for what `supports` accepts."""
+    tuning = tuning or tuned.sizes("select_bits", Tuning())
     B, C, J, I = idx_q.shape  # noqa: E741
     S = idx_k.shape[2]
     Q = _block_rows(C, S, tuning)

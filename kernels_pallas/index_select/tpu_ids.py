@@ -17,14 +17,14 @@ instruction bundles with 16 steps of the search, at 1.5, 1.75, 1.75 and 2.2 GHz;
 
 | | v5e | v6e | v5p (one core) | tpu7x |
 |---|---|---|---|---|
-| bundles of 4,096 keys' scores | 702 | 721 | 700 | 297 |
-| bundles in all, thousands: scores / search / ids | 45 / 7 / 7 | 46 / 7 / 7 | 45 / 7 / 7 | 19 / 7 / 6 |
-| time | 39 us | 34 us | 34 us | 15 us |
+| bundles of 4,096 keys' scores | 403 | 410 | 401 | 297 |
+| bundles in all, thousands: scores / search / ids | 26 / 7 / 7 | 26 / 7 / 7 | 26 / 7 / 7 | 19 / 7 / 6 |
+| time | 27 us | 23 us | 23 us | 15 us |
 | floor, bytes at the datasheet's rate | 21.8 us | 10.9 us | 6.4 us | 4.8 us |
 
-Half of a score's bundles unpack e4m3, which only tpu7x does natively. Reading the bytes as e4m3b11fnuz, which the older
-chips unpack in one operation, takes 419 instead of 702 bundles on v5e, and 3,565 instead of 297 on tpu7x: a program
-does not know its chip before it runs, so it is not done.
+Only tpu7x unpacks e4m3 natively; the older chips' e4m3b11fnuz has the same bytes but for zero's sign, at a sixteenth.
+So read (`tuned`), 403 bundles on a v5e are left of 706; tpu7x would take 3,565. A program whose chip is not known reads
+e4m3.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tuned
 from kernels_pallas.index_select import tpu_stream
 from kernels_pallas.index_select.sort_keys import LOWEST, sort_key
 from kernels_pallas.index_select.tpu_search import cut, search
@@ -44,6 +45,7 @@ from kernels_pallas.index_select.tpu_stream import LANES, Stream
 SUBLANES = 8
 BLOCK = LANES * LANES
 """Keys whose ids are emitted together."""
+_WHOLE_BYTES, _FNUZ_FACTOR = 32, 16
 MAX_CAPACITY = 1 << 20
 """Sort keys of a context: 4 MiB of VMEM."""
 
@@ -57,6 +59,8 @@ class Tuning:
     slots: int = 3
     """Tiles in VMEM."""
     vmem_bytes: int = 32 << 20
+    fnuz: bool = False
+    """Whether e4m3 bytes are read as e4m3b11fnuz, for chips that unpack only those natively."""
 
 
 def supports(idx_q: jax.Array, idx_k: jax.Array) -> bool:
@@ -72,10 +76,11 @@ def select_ids(
     layer: jax.Array | int,
     start: jax.Array,
     topk: int,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.index_select.select_ids`; for what `supports` accepts."""
+    tuning = tuning or tuned.sizes("select_ids", Tuning())
     B, _, J, I = idx_q.shape  # noqa: E741
     S = idx_k.shape[2]
     wanted = min(topk, S)
@@ -86,13 +91,16 @@ def select_ids(
     # e4m3 values are exact in bfloat16.
     wide = jnp.bfloat16 if idx_q.dtype == jnp.float8_e4m3fn else idx_q.dtype
     q = jnp.pad(idx_q[:, 0].astype(wide), ((0, 0), (0, heads - J), (0, 0)))
+    fnuz = tuning.fnuz and idx_k.dtype == jnp.float8_e4m3fn and I % _WHOLE_BYTES == 0
+    if fnuz:
+        q *= _FNUZ_FACTOR
     cache = tpu_stream.operands(idx_k, key_scale)
     tiles = [(I, tuning.tile, idx_k.dtype), (1, tuning.tile, jnp.float32)][: len(cache)]
 
     def body(layer: Any, start: Any, weights: Any, q: Any, *refs: Any) -> None:
         n, b = len(cache), pl.program_id(0)
         stream = Stream(tpu_stream.sources(list(refs[:n]), layer[0], b), list(refs[n + 1 : 2 * n + 1]), refs[-1])
-        _row(start[b], weights.at[b], q, stream, refs[n], *refs[2 * n + 1 : -1], topk=topk, pitch=pitch)
+        _row(start[b], weights.at[b], q, stream, refs[n], *refs[2 * n + 1 : -1], topk=topk, pitch=pitch, fnuz=fnuz)
 
     ids = pl.pallas_call(
         body,
@@ -131,6 +139,7 @@ def _row(
     *,
     topk: int,
     pitch: int,
+    fnuz: bool,
 ) -> None:
     """One program: the ids of one query.
 
@@ -143,6 +152,7 @@ def _row(
         scores: [rows, LANES] int32 sort keys.
         products: a tile's products, [tile / LANES * pitch, LANES] float32, head j of row r at r * pitch + j.
         pitch: at least q's rows.
+        fnuz: as in `Tuning`.
     """
     capacity = stream.sources[0].shape[-1]
     last = jnp.minimum(start, capacity - 1)
@@ -155,14 +165,16 @@ def _row(
     @pl.when(last >= topk)
     def _() -> None:
         blocks = lax.div(last, BLOCK) + 1
-        _score(last, weights, q, stream, scores, products, pitch)
+        _score(last, weights, q, stream, scores, products, pitch, fnuz)
         threshold, cutoff = _threshold(scores, blocks, topk, capacity)
         out[...] = jnp.zeros(out.shape, jnp.int32)
         _emit(scores, blocks, threshold, cutoff, out)
         out[...] = jnp.where(place < topk, out[...], -1)
 
 
-def _score(last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, products: Any, pitch: int) -> None:
+def _score(
+    last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, products: Any, pitch: int, fnuz: bool
+) -> None:
     """Sort keys of keys 0..last; LOWEST behind, to the end of the last block."""
     slots, width = stream.slots[0].shape[0], stream.slots[0].shape[-1]
     rows, tiles = width // LANES, lax.div(last, width) + 1
@@ -179,7 +191,7 @@ def _score(last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, p
         keys, *scales = (slot[lax.rem(t, slots)] for slot in stream.slots)
         product = lax.dot_general(
             q[...],
-            keys.astype(q.dtype),
+            (_as_fnuz(keys) if fnuz else keys).astype(q.dtype),
             (((1,), (0,)), ((), ())),
             precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
@@ -200,6 +212,15 @@ def _score(last: jax.Array, weights: Any, q: Any, stream: Stream, scores: Any, p
     for t in range(slots - 1):
         start(jnp.int32(t))
     lax.fori_loop(0, tiles, score, None)
+
+
+def _as_fnuz(keys: jax.Array) -> jax.Array:
+    """The bytes of finite e4m3fn keys [I, T] as e4m3b11fnuz: a sixteenth of them, exactly."""
+    words = pltpu.bitcast(keys, jnp.uint32)
+    # Its only byte that is no number is our negative zero: a sign stays where the seven other bits are not all 0.
+    magnitudes = jnp.uint32(0x7F7F7F7F)
+    words &= ((words & magnitudes) + magnitudes) | magnitudes
+    return pltpu.bitcast(words, jnp.float8_e4m3b11fnuz)
 
 
 def _indices(rows: int) -> jax.Array:

@@ -72,15 +72,17 @@ def attend_bits_lse(
         [B, C, H] float32, -1e30 there.
     """
     _check_bits(q, kv, bits)
+    cuda = partial(gpu_bits.attend_bits_lse, most=most) if gpu_bits.supports(q, kv) else None
     tpu = tpu_bits.attend_bits_lse if tpu_bits.supports(q, kv) else None
-    return dispatch(reference.attend_bits_lse, q, kv, jnp.asarray(layer, jnp.int32), bits, start, tpu=tpu)
+    return dispatch(reference.attend_bits_lse, q, kv, jnp.asarray(layer, jnp.int32), bits, start, cuda=cuda, tpu=tpu)
 
 
 def attend_ids_lse(q: jax.Array, kv: jax.Array, layer: jax.Array | int, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`attend_ids` over a part of the keys: [B, H, K] float32 and [B, H] float32, as `attend_bits_lse`."""
     _check_ids(q, kv, ids)
+    cuda = gpu_ids.attend_ids_lse if gpu_ids.supports(q, kv) else None
     tpu = tpu_ids.attend_ids_lse if tpu_ids.supports(q, kv, ids) else None
-    return dispatch(reference.attend_ids_lse, q, kv, jnp.asarray(layer, jnp.int32), ids, tpu=tpu)
+    return dispatch(reference.attend_ids_lse, q, kv, jnp.asarray(layer, jnp.int32), ids, cuda=cuda, tpu=tpu)
 
 
 def _check_bits(q: jax.Array, kv: jax.Array, bits: jax.Array) -> None:

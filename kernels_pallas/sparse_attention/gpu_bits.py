@@ -68,22 +68,61 @@ def attend_bits(
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_bits`."""
-    H, S, G = q.shape[2], kv.shape[2], kv.shape[4]
-    queries = max(1, ROWS * G // H)
-
-    def lists(queries: int, wanted: jax.Array | None, sizes: gpu_lists.Tuning) -> tuple[Lists, jax.Array]:
-        longest = S if most is None else min(S, queries * most)
-        room = pl.cdiv(longest, PAD) * PAD
-        return gpu_lists.list_keys(
-            bits, start, wanted, queries=queries, capacity=room, tuning=sizes, interpret=bool(interpret)
-        )
-
+    lists = partial(_lists, bits, start, capacity=kv.shape[2], most=most, interpret=bool(interpret))
+    queries = _block_queries(q, kv)
     if not gpu_shared.supports(q, kv):
-        return _attend(q, kv, layer, lists(queries, None, tuning.lists)[0], None, None, tuning, interpret)
+        return _attend(q, kv, layer, lists(queries, None, tuning.lists)[0], None, None, tuning, interpret)[0]
     unions, own = lists(SPAN, None, tuning.shared_lists)
     wide = unions.counts.astype(jnp.float32) > tuning.wide * own.astype(jnp.float32)
     out = gpu_shared.attend(q, kv, layer, unions, wide, tuning=tuning.shared, interpret=interpret)
-    return _attend(q, kv, layer, lists(queries, wide, tuning.lists)[0], wide, out, tuning, interpret)
+    return _attend(q, kv, layer, lists(queries, wide, tuning.lists)[0], wide, out, tuning, interpret)[0]
+
+
+def attend_bits_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array,
+    bits: jax.Array,
+    start: jax.Array,
+    *,
+    most: int | None = None,
+    tuning: Tuning = Tuning(),
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.sparse_attention.attend_bits_lse`. Small blocks only: `gpu_shared` has no room for results of
+    32 bits."""
+    made, _ = _lists(
+        bits,
+        start,
+        _block_queries(q, kv),
+        None,
+        tuning.lists,
+        capacity=kv.shape[2],
+        most=most,
+        interpret=bool(interpret),
+    )
+    out, lse = _attend(q, kv, layer, made, None, None, tuning, interpret, partly=True)
+    return out, lse.reshape(q.shape[:3])
+
+
+def _block_queries(q: jax.Array, kv: jax.Array) -> int:
+    return max(1, ROWS * kv.shape[4] // q.shape[2])
+
+
+def _lists(
+    bits: jax.Array,
+    start: jax.Array,
+    queries: int,
+    wanted: jax.Array | None,
+    sizes: gpu_lists.Tuning,
+    *,
+    capacity: int,
+    most: int | None,
+    interpret: bool,
+) -> tuple[Lists, jax.Array]:
+    longest = capacity if most is None else min(capacity, queries * most)
+    room = pl.cdiv(longest, PAD) * PAD
+    return gpu_lists.list_keys(bits, start, wanted, queries=queries, capacity=room, tuning=sizes, interpret=interpret)
 
 
 def _attend(
@@ -95,22 +134,27 @@ def _attend(
     out: jax.Array | None,
     tuning: Tuning,
     interpret: Any,
-) -> jax.Array:
-    """Attends over lists. With `wanted` [B, ceil(C / SPAN)], replaces those queries in `out` only."""
+    partly: bool = False,
+) -> list[jax.Array]:
+    """Attends over lists. With `wanted` [B, ceil(C / SPAN)], replaces those queries in `out` only. The result in the
+    dtype of q; or `partly`: in float32, and log-sum-exps [B * C * H]."""
     B, C, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
     n = lists.counts.shape[1]
     old = () if wanted is None or out is None else (wanted.astype(jnp.int32), out.reshape(-1, K))
-    result = pl.pallas_call(
-        partial(_attend_block, B=B, C=C, H=H, G=G, S=S, queries=max(1, ROWS * G // H), tile=tuning.keys),
+    shapes = [jax.ShapeDtypeStruct((B * C * H, K), jnp.float32 if partly else q.dtype)]
+    if partly:
+        shapes.append(jax.ShapeDtypeStruct((B * C * H,), jnp.float32))
+    result, *lse = pl.pallas_call(
+        partial(_attend_block, B=B, C=C, H=H, G=G, S=S, queries=_block_queries(q, kv), tile=tuning.keys, partly=partly),
         grid=(n, G, B),  # One KV head after the other: at 128K its keys and values just about fit the cache.
-        out_shape=jax.ShapeDtypeStruct((B * C * H, K), q.dtype),
+        out_shape=shapes,
         input_output_aliases={7: 0} if old else {},
         compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=tuning.stages),
         interpret=bool(interpret),
         name="attend_lists",
     )(layer.reshape(1), q.reshape(-1, K), kv.reshape(-1, K), *lists, *old)
-    return result.reshape(q.shape)
+    return [result.reshape(q.shape), *lse]
 
 
 def _attend_block(
@@ -128,10 +172,13 @@ def _attend_block(
     S: int,
     queries: int,
     tile: int,
+    partly: bool,
 ) -> None:
-    """q_ref and the output are [B * C * H, K], kv_ref [L * B * S * 2 * G, K]: rows, so that products of sizes that
-    exceed 32 bits are left to the address of a row."""
-    o_ref, K, group = refs[-1], q_ref.shape[1], H // G
+    """refs: which blocks are wanted and the old output, or nothing; the output, and `partly` the log-sum-exps. q_ref
+    and the output are [B * C * H, K], kv_ref [L * B * S * 2 * G, K]: rows, so that products of sizes that exceed 32
+    bits are left to the address of a row."""
+    outputs = refs[-1 - partly :]
+    o_ref, K, group = outputs[0], q_ref.shape[1], H // G
     block, g, b = (pl.program_id(i) for i in range(3))
     M = queries * group
     precision = lax.Precision.HIGHEST if q_ref.dtype == jnp.float32 else None
@@ -166,14 +213,18 @@ def _attend_block(
 
     def attend() -> None:
         none = (jnp.full((M,), MASKED, jnp.float32), jnp.zeros((M,), jnp.float32), jnp.zeros((M, K), jnp.float32))
-        _, denominator, numerator = lax.fori_loop(0, (counts_ref[b, block] + tile - 1) // tile, add_tile, none)
-        out = numerator / jnp.where(denominator == 0, 1.0, denominator)[:, None]
+        maximum, denominator, numerator = lax.fori_loop(0, (counts_ref[b, block] + tile - 1) // tile, add_tile, none)
+        some = jnp.where(denominator == 0, 1.0, denominator)
+        out = numerator / some[:, None]
         # Rows behind the chunk point outside, so that interpretation, which writes every row, drops them too.
         row = jnp.where(c < C, (b * C + c) * H + head, B * C * H)
         mask = jnp.broadcast_to((c < C)[:, None], (M, K))
         plt.store(rows(o_ref, row), out.astype(o_ref.dtype), mask=mask)
+        if partly:
+            lse = jnp.where(denominator == 0, MASKED, maximum * K**-0.5 + jnp.log(some))
+            plt.store(outputs[1].at[row], lse, mask=c < C)
 
-    if len(refs) == 1:
+    if len(refs) == len(outputs):
         attend()
     else:
         pl.when(refs[0][b, block * queries // SPAN] != 0)(attend)

@@ -56,6 +56,31 @@ def attend_ids(
     interpret: bool = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_ids`."""
+    return _attend_lists(q, kv, layer, ids, q.dtype, tuning, interpret)[0]
+
+
+def attend_ids_lse(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    tuning: Tuning = Tuning(),
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `kernels_pallas.sparse_attention.attend_ids_lse`."""
+    return _attend_lists(q, kv, layer, ids, jnp.float32, tuning, interpret)
+
+
+def _attend_lists(
+    q: jax.Array,
+    kv: jax.Array,
+    layer: jax.Array | int,
+    ids: jax.Array,
+    dtype: Any,
+    tuning: Tuning,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The result in `dtype`, and its log-sum-exp."""
     B, H, K = q.shape
     G = kv.shape[4]
     splits = pl.cdiv(ids.shape[1], tuning.tile)
@@ -70,7 +95,7 @@ def attend_ids(
     )(jnp.asarray(layer, jnp.int32).reshape(1), q, kv, ids)
     return pl.pallas_call(
         _merge,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, H), jnp.float32)),
         grid=(H, B),
         compiler_params=plt.CompilerParams(num_warps=tuning.merge_warps, num_stages=1),
         interpret=interpret,
@@ -113,7 +138,7 @@ def _attend(
     plt.store(den_ref.at[b, head, split], jnp.sum(p, axis=1), mask=row < heads)
 
 
-def _merge(sum_ref: Any, max_ref: Any, den_ref: Any, o_ref: Any) -> None:
+def _merge(sum_ref: Any, max_ref: Any, den_ref: Any, o_ref: Any, lse_ref: Any) -> None:
     """Log-sum-exp merge of one head's splits."""
     head, b = pl.program_id(0), pl.program_id(1)
     splits, K = sum_ref.shape[2:]
@@ -123,7 +148,11 @@ def _merge(sum_ref: Any, max_ref: Any, den_ref: Any, o_ref: Any) -> None:
     total = plt.load(sum_ref.at[b, head, row[:, None], jnp.arange(K)[None]], mask=mask, other=0.0)
     maximum = plt.load(max_ref.at[b, head, row], mask=row < splits, other=MASKED)
     denominator = plt.load(den_ref.at[b, head, row], mask=row < splits, other=0.0)
-    weight = jnp.exp(maximum - jnp.max(maximum))
+    largest = jnp.max(maximum)
+    weight = jnp.exp(maximum - largest)
     denominator = jnp.sum(weight * denominator)
     numerator = jnp.sum(weight[:, None] * total, axis=0)
-    o_ref[b, head, :] = (numerator / jnp.where(denominator == 0, 1.0, denominator)).astype(o_ref.dtype)
+    # Where there is no key: the numerator is 0, and `largest` is MASKED, which no logarithm changes.
+    denominator = jnp.where(denominator == 0, 1.0, denominator)
+    o_ref[b, head, :] = (numerator / denominator).astype(o_ref.dtype)
+    lse_ref[b, head] = largest + jnp.log(denominator)

@@ -1,24 +1,24 @@
 """attend_bits on TPUs: blocks of queries over the pages of keys that any of them selected.
 
 Schedule. A program takes 64 queries with all their heads. It unites their bits, finds for each page of 128 keys the
-next one in which a bit is set, and moves that list to scalar memory. Then it walks the visited pages, four at a time
-wherever they lie: a copy of 256 KB a page (keys and values of all heads) is under way while the four before it are
-computed on. Bits become a bias of 0 or MASKED for each query and key, once for all heads; strided loads take the heads
-out of the tokens' rows. The rows of a product are the queries of one head after the other, so that the bias fits
-each head as it is. Scores, streaming softmax in float32, probabilities rounded before the product with V.
+next one in which a bit is set, and moves that list to scalar memory. Then it walks the visited pages, four (v6e, tpu7x:
+eight, `tuned`) at a time wherever they lie: a copy of 256 KB a page (keys and values of all heads) is under way while
+those before it are computed on. Bits become a bias of 0 or MASKED for each query and key, once for all heads; strided
+loads take the heads out of the tokens' rows. The rows of a product are the queries of one head after the other, so that
+the bias fits each head as it is. Scores, streaming softmax in float32, probabilities rounded before the product with V.
 
 Cost. A visited page takes 64 queries x 32 heads x 128 keys x 4 K = 134 MFLOP and 256 KB: 0.68 and 0.32 us (v5e), 0.15
 and 0.16 (v6e), 0.29 and 0.09 (v5p), 0.12 and 0.07 (tpu7x). A block also reads its bits, 2 MB at 256K keys. If 512
 queries agree on 2,048 keys in 16 pages that is 17 GFLOP: 87 us (v5e), 19 (v6e), 37 (v5p), 15 (tpu7x); at 256K 58 MB.
-Cycles that the compiler schedules for four pages: 5,630 (v5e), 4,400 (v6e), 5,500 (v5p), 4,340 (tpu7x); for a block
+Cycles that the compiler schedules for four pages: 5,630 (v5e), 3,910 (v6e), 5,500 (v5p), 4,000 (tpu7x); for a block
 beside that 3,000 (v6e, tpu7x: 1,800) and 21 for each 4,096 keys of capacity. At 1.5 GHz four pages of a v5e are 3.8 us
 against 2.7.
 
 Tried and lost, in cycles for four pages on a v5e: maxima and sums of a row in one lane (7,980; lanes are exchanged for
 every use); keys by rows, so that maxima and sums stay within lanes (6,980; values and bias are transposed, and the
-matrix unit is loaded with probabilities); pages one, two and eight at a time (8,900, 6,840, 5,720); the next rows'
-scores beside a row's softmax (no change); 32 queries a block (6,580 for 64). 128 take 5,000, but visit more pages. The
-list of pages by XLA: 180,000 cycles a call, here 1,500 a block.
+matrix unit is loaded with probabilities); pages one, two and eight at a time (8,900, 6,840, 5,720; four on a v6e 4,400,
+on a tpu7x 4,340); the next rows' scores beside a row's softmax (no change); 32 queries a block (6,580 for 64). 128 take
+5,000, but visit more pages. The list of pages by XLA: 180,000 cycles a call, here 1,500 a block.
 """
 
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import tuned
 from kernels_pallas.common import MASKED, WORD
 from kernels_pallas.sparse_attention import tpu_shared
 from kernels_pallas.sparse_attention.tpu_shared import LANES, SUBLANES
@@ -71,7 +72,7 @@ def attend_bits(
     bits: jax.Array,
     start: jax.Array,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See `kernels_pallas.sparse_attention.attend_bits`."""
@@ -86,7 +87,7 @@ def attend_bits_lse(
     bits: jax.Array,
     start: jax.Array,
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `kernels_pallas.sparse_attention.attend_bits_lse`."""
@@ -97,13 +98,14 @@ def attend_bits_lse(
 
 
 def _attend(
-    q: jax.Array, kv: jax.Array, layer: jax.Array, bits: jax.Array, partly: bool, tuning: Tuning, interpret: Any
+    q: jax.Array, kv: jax.Array, layer: jax.Array, bits: jax.Array, partly: bool, tuning: Tuning | None, interpret: Any
 ) -> list[jax.Array]:
     """The result in the dtype of q; or `partly`: in float32, and log-sum-exps [B, blocks, H, Q]."""
+    tuning = tuning or tuned.sizes("attend_bits", Tuning())
     B, C, H, K = q.shape
     S, G = kv.shape[2], kv.shape[4]
     Q = min(tuning.queries, pl.cdiv(C, 16) * 16)
-    T, R = tuning.pages * PAGE, Q * max(n for n in range(1, tuning.rows // Q + 1) if H // G % n == 0)
+    T, R = min(tuning.pages * PAGE, S), Q * max(n for n in range(1, tuning.rows // Q + 1) if H // G % n == 0)
     blocks, width = pl.cdiv(C, Q), pl.cdiv(S // WORD, LANES) * LANES
     listed = pl.cdiv(width // LANES, SUBLANES) * SUBLANES
     bits = jnp.pad(bits, ((0, 0), (0, blocks * Q - C), (0, width - S // WORD)))

@@ -18,14 +18,14 @@ CAPACITY = tpu_ids.BLOCK + 3 * 1024 + 128  # the last block and tile are not ful
 expected = jax.jit(reference.select_ids, static_argnums=6)
 
 
-@partial(jax.jit, static_argnums=(6,))
+@partial(jax.jit, static_argnums=(6, 7))
 def interpreted(*arguments: Any) -> jax.Array:
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    return tpu_ids.select_ids(*arguments, tuning=TUNING, interpret=interpret)
+    return tpu_ids.select_ids(*arguments[:7], tuning=arguments[7], interpret=interpret)
 
 
-def check(*arguments: Any) -> None:
-    actual = jax.block_until_ready(interpreted(*arguments))
+def check(*arguments: Any, tuning: tpu_ids.Tuning = TUNING) -> None:
+    actual = jax.block_until_ready(interpreted(*arguments, tuning))
     assert interpreter.races is not None
     assert not interpreter.races.races_found
     np.testing.assert_array_equal(actual, expected(*arguments))
@@ -56,6 +56,21 @@ def test_ragged(heads: int, size: int, capacity: int, dtype: Any, start: list[in
         jnp.int32(LAYER),
     )
     check(*arguments, jnp.asarray(start, jnp.int32), topk)
+
+
+def test_every_finite_byte_as_fnuz() -> None:
+    """Chips that unpack e4m3b11fnuz only: subnormals, both zeros and the largest numbers count as what they are."""
+    finite = np.array([byte for byte in range(256) if byte & 0x7F != 0x7F], np.uint8)
+    rng = np.random.default_rng(0)
+    keys = rng.choice(finite, (LAYERS, 1, 512, 32)).view(jnp.float8_e4m3fn)
+    keys[:, :, 100:164, 0] = np.array(-0.0, jnp.float8_e4m3fn)
+    q = np.zeros((1, 1, 2, 32))
+    # One number of a key at a time, of either sign: scores are exact, and say which byte it was.
+    q[0, 0, :, 0] = 1, -1
+    weights, scale = jnp.asarray([[[1.0, -1.0]]]), jnp.ones((LAYERS, 1, 512), jnp.float32)
+    arguments = jnp.asarray(q, jnp.float8_e4m3fn), weights, jnp.asarray(keys), scale, jnp.int32(LAYER)
+    for topk in (60, 256, 300):
+        check(*arguments, jnp.asarray([511], jnp.int32), topk, tuning=tpu_ids.Tuning(tile=1024, fnuz=True))
 
 
 def scores_of(kind: str, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The GPU bodies of attend_bits, interpreted on the CPU, against the reference."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from kernels_pallas.common import pack_bits
+from kernels_pallas.common import MASKED, pack_bits
 from kernels_pallas.sparse_attention import gpu_bits, gpu_lists, gpu_shared, reference
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -62,6 +63,36 @@ def test_small_blocks(heads: int, kv_heads: int, width: int, dtype: Any) -> None
     mask[1, 5] = np.arange(256) == 77
     mask[1, 20] = causal(start, 21, 256)[1, 20]
     assert_equals_reference(inputs(0, heads, kv_heads, width, mask, dtype), start)
+
+
+# The published model's heads too: parts are attended to in small blocks only.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "dtype", "size"),
+    [
+        (8, 1, 128, jnp.bfloat16, 1),
+        (8, 2, 32, jnp.float32, 1),
+        (2, 2, 16, jnp.float32, 1e6),
+    ],
+)
+def test_parts_of_a_sequence(heads: int, kv_heads: int, width: int, dtype: Any, size: float) -> None:
+    """Log-sum-exps, where this part of the keys ends before the chunk, lies in it, or holds nothing visible; queries
+    that see one key or nothing of it."""
+    start = np.array([300, -9, -100], np.int32)
+    mask = causal(start, 21, 256) & (np.random.default_rng(3).random((3, 21, 256)) < 0.2)
+    mask[0, 4] = False
+    mask[0, 6] = np.arange(256) == 255
+    mask[1, 9] = np.arange(256) == 0
+    q, kv, layer, bits = inputs(7, heads, kv_heads, width, mask, dtype)
+    args = q, kv.at[:, :, :, 0].multiply(size), layer, bits, jnp.asarray(start)
+    out, lse = jax.jit(partial(gpu_bits.attend_bits_lse, tuning=gpu_bits.Tuning(lists=SMALL), interpret=True))(*args)
+    expected, expected_lse = reference.attend_bits_lse(*args)
+    assert out.dtype == lse.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, rtol=0, atol=BOUNDS[dtype])
+    # Of scores of size one, float32 sums of at most 256 exponentials, whose inputs are equal.
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=2e-5)
+    seen = mask.any(-1)
+    assert np.all(np.asarray(lse)[~seen] == np.float32(MASKED))
+    assert not np.asarray(out)[~seen].any()
 
 
 @pytest.mark.parametrize("size", [0.0, 1e6])

@@ -12,9 +12,11 @@ from kernels_pallas import tuned
 from kernels_pallas.index_select import tpu_bits as select_bits
 from kernels_pallas.index_select import tpu_ids as select_ids
 from kernels_pallas.sparse_attention import attend_ids
+from kernels_pallas.sparse_attention import tpu_bits as attending_bits
 from kernels_pallas.sparse_attention import tpu_ids as attending
 
 TUNINGS: dict[str, Any] = {
+    "attend_bits": attending_bits.Tuning(),
     "attend_ids": attending.Tuning(),
     "select_bits": select_bits.Tuning(),
     "select_ids": select_ids.Tuning(),

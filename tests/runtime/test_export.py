@@ -93,6 +93,20 @@ def test_the_published_model_is_exported_without_weights(
         used = sum(leaf.size for leaf in jax.tree.leaves(weights))
         if key.program != "vision":
             assert used == 30_532_122_624 + 108_536_832
+            chunk = {"tpu": "attend_bits", "cuda": "attend_lists"}[platform]
+            attention = {"prefill": chunk, "decode": "attend_ids"}[key.program]
+            assert f'name = "{attention}"' in graphs.load(published, entry).mlir_module()
+
+
+def test_graphs_for_a_topology_hold_its_chips_sizes(published: Path) -> None:
+    """A v5p's two cores share a list and merge; without a topology, and for a v5e, one takes it whole."""
+    merges = []
+    for options in (["--devices", "4"], ["--topology", "v5p:2x2x1"], ["--topology", "v5e:2x2"]):
+        assert main([str(published), "--platform", "tpu", *options, "--context", "512", "--chunk", "64"]) == 0
+        key = GraphKey("decode", "tpu", 4, (1, 512), preset="context")
+        graph = graphs.load(published, Bundle.open(published).graphs[key])
+        merges.append('kernel_name = "merge_splits"' in graph.mlir_module())
+    assert merges == [False, True, False]
 
 
 def test_graphs_for_hopper_and_for_other_gpus_stand_side_by_side(tiny: Path) -> None:
@@ -210,10 +224,10 @@ def test_an_interrupted_export_keeps_the_graphs_it_has_made(tiny: Path, monkeypa
 
     whole = Tracer.export
 
-    def interrupted(self: Tracer, key: GraphKey) -> Any:
+    def interrupted(self: Tracer, key: GraphKey, chip: Any = None) -> Any:
         if key.program == "decode":
             raise KeyboardInterrupt
-        return whole(self, key)
+        return whole(self, key, chip)
 
     monkeypatch.setattr(Tracer, "export", interrupted)
     assert main([str(tiny), "--platform", "cpu", "--context", "512", "--chunk", "64"]) == 130
