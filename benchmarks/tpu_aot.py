@@ -141,7 +141,7 @@ def _compile(model: str, weights: str, path: Path, topology: str, shapes: Sequen
     chip, devices = aot.split_topology(topology)
     for program, shape in shapes:
         key = graphs.GraphKey(program, "tpu", devices, shape, preset=graphs.PRESETS[0])
-        entry = bundle.add_graph(key, tracer.export(key, chip.abstract_device()), device_kind=topology)
+        entry = bundle.add_graph(key, tracer.export(key, chip.abstract_device()), device_kind=chip.kind)
         exported = graphs.load(path, entry)
         sizes = aot.argument_bytes(exported)
         begin = time.perf_counter()

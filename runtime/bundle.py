@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import graphs, remote
 from runtime.errors import InputError
-from runtime.graphs import GraphEntry, GraphKey
+from runtime.graphs import ANY_CHIP, GraphEntry, GraphKey
 from runtime.manifest import (
     DTYPES,
     INDEXER_DTYPES,
@@ -183,7 +183,7 @@ class Bundle:
             _insert(tree, parameter.leaf, struct)
         return tree
 
-    def add_graph(self, key: GraphKey, exported: "Exported", *, device_kind: str = "any") -> GraphEntry:
+    def add_graph(self, key: GraphKey, exported: "Exported", *, device_kind: str = ANY_CHIP) -> GraphEntry:
         """Stores a graph in the bundle, in the place of one of the same key. Several processes may add at once.
 
         Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from runtime.aot import split_topology
 from runtime.errors import InputError
-from runtime.graphs import PRESETS, SINGLE, GraphKey
+from runtime.graphs import ANY_CHIP, PRESETS, SINGLE, GraphKey
 from runtime.remote import is_address
 
 _EXAMPLES = """examples:
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> int:
         progress(f"exporting {key.name}", number, len(keys))
         exported = tracer.export(key, chip and chip.abstract_device())
         try:
-            entry = bundle.add_graph(key, exported, device_kind=args.topology or "any")
+            entry = bundle.add_graph(key, exported, device_kind=chip.kind if chip else ANY_CHIP)
         except OSError as error:
             raise InputError(
                 f"{bundle.path} cannot be written ({error.strerror}); make it writable, or copy it and export there"

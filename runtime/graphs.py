@@ -27,6 +27,7 @@ SHAPE_NAMES: Mapping[str, tuple[str, ...]] = {
     "decode": ("batch", "context"),
     "explain": ("batch", "chunk", "context"),
 }
+ANY_CHIP = "any"
 SINGLE = "single"
 PRESETS = ("context", "expert")
 """How a model may lie on several devices (`keye_jax.sharding`); the first is the default."""
@@ -97,11 +98,15 @@ class GraphEntry:
     created: str
     """ISO 8601, UTC."""
     device_kind: str
-    """The topology it was made for; "any" where nothing in it depends on one."""
+    """What JAX calls the chip that its kernels have the sizes of; ANY_CHIP where nothing in it depends on one."""
     mesh: Mapping[str, int]
     """Mesh axis → devices."""
     kernels: Mapping[str, bool]
     """Custom call → whether jax.export guarantees it stable."""
+
+    def suits(self, chip: str) -> bool:
+        """Whether it may run on a chip. With the sizes of another one it may not fit its memory."""
+        return self.device_kind in (ANY_CHIP, chip)
 
     def to_json(self) -> dict[str, Any]:
         flat = asdict(self)

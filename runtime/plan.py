@@ -223,8 +223,9 @@ def _exported(bundle: "Bundle", key: GraphKey, chip: aot.Chip | None) -> "Export
     """The bundle's graph, or one made for this plan alone."""
     from runtime import graphs
 
-    if key in bundle.graphs:
-        return graphs.load(bundle.path, bundle.graphs[key])
+    entry = bundle.graphs.get(key)
+    if entry is not None and (chip is None or entry.suits(chip.kind)):
+        return graphs.load(bundle.path, entry)
     from runtime.trace import Tracer
 
     return Tracer.of(bundle).export(key, chip and chip.abstract_device())

@@ -80,6 +80,7 @@ class Programs:
         self.platform = local_platform()
         self.plain = self.platform == "cuda" and getattr(jax.devices()[0], "compute_capability", None) != HOPPER
         """Whether this machine runs graphs without kernels."""
+        self._chip = self.mesh.devices.flat[0].device_kind if self.platform == "tpu" else graphs.ANY_CHIP
         self.compile_s = 0.0
         """Seconds spent loading, exporting and compiling so far."""
         self._bundle = bundle
@@ -153,12 +154,12 @@ class Programs:
     def _own(self, key: GraphKey) -> Exported:
         """A graph of the bundle, or a new one."""
         entry = self._bundle.graphs.get(key)
-        if entry is not None:
+        if entry is not None and entry.suits(self._chip):
             return graphs.load(self._bundle.path, entry)
-        self._report(f"exporting {key.name}, which the bundle lacks")
+        self._report(f"exporting {key.name}, which the bundle lacks{'' if entry is None else ' for this chip'}")
         exported = self._export(key)
         try:
-            self._bundle.add_graph(key, exported)
+            self._bundle.add_graph(key, exported, device_kind=self._chip)
         except OSError as error:
             self._report(f"keeping {key.name} for this run only: the bundle cannot be written ({error.strerror})")
         return exported

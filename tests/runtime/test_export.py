@@ -88,7 +88,7 @@ def test_the_published_model_is_exported_without_weights(
         # 62 GB of weights are arguments; what is stored is the program.
         assert entry.bytes < 1_000_000
         assert entry.mesh == {"model": devices}
-        assert entry.device_kind == ("v5e:2x4" if platform == "tpu" else "any")
+        assert entry.device_kind == ("TPU v5 lite" if platform == "tpu" else "any")
         weights = graphs.arguments(graphs.load(published, entry))[0]
         used = sum(leaf.size for leaf in jax.tree.leaves(weights))
         if key.program != "vision":

@@ -84,6 +84,14 @@ def test_a_missing_graph_is_exported_said_stored_and_never_exported_again(bare: 
     assert said == [f"compiling {VISION.name}"]
 
 
+def test_a_graph_with_the_sizes_of_another_chip_is_made_anew(bare: Path, said: list[str]) -> None:
+    bundle = Bundle.open(bare)
+    bundle.add_graph(VISION, tracer(bundle).export(VISION), device_kind="TPU v5 lite")
+    Programs(Bundle.open(bare), said.append).vision(256)
+    assert said == [f"exporting {VISION.name}, which the bundle lacks for this chip", f"compiling {VISION.name}"]
+    assert Bundle.open(bare).graphs[VISION].device_kind == "any"
+
+
 def test_a_bundle_that_cannot_be_written_keeps_the_graph_in_memory_and_says_so(
     bare: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
