@@ -73,8 +73,6 @@ def values_of(w: Weights, dtype: Any) -> jax.Array:
     return w.values.astype(dtype) if isinstance(w, Quantized) else w
 
 
-def scaled(product: jax.Array, w: Weights, layer: jax.Array | int | None = None) -> jax.Array:
-    """A float32 product [..., F] with `values_of(w)`, times the scales [F] (of the layer `layer` of a stack)."""
-    if not isinstance(w, Quantized):
-        return product
-    return product * (w.scale if layer is None else w.scale[layer])
+def scaled(product: jax.Array, w: Weights) -> jax.Array:
+    """A float32 product [..., F] with `values_of(w)`, times the scales [F]."""
+    return product * w.scale if isinstance(w, Quantized) else product

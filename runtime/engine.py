@@ -179,7 +179,7 @@ class Engine:
         """Opens a bundle without its weights; they load with the first generation.
 
         Args:
-            bundle: the folder.
+            bundle: its folder, or its address.
             progress: told how far long stages are.
             devices: how many to spread the model over; None: all accelerators, or one CPU.
             preset: what is spread over several devices, "context" (default) or "expert".
@@ -215,8 +215,8 @@ class Engine:
 
             compile_cache.enable()
             bundle, settings = self.bundle, self.processor.settings
-            report = lambda line: self._progress(line, 0, 0)  # noqa: E731
-            programs = Programs(bundle, report, choose_devices(self._devices), self._preset, self._processes)
+            devices = choose_devices(self._devices)
+            programs = Programs(bundle, self._report, devices, self._preset, self._processes)
             params = bundle.load_params(
                 shardings=programs.param_shardings(),
                 progress=lambda done, total: self._progress("weights, bytes", done, total),
@@ -230,6 +230,9 @@ class Engine:
             )
             self._executor = Executor(programs, params, facts, self._progress, self._processes)
         return self._executor
+
+    def _report(self, line: str) -> None:
+        self._progress(line, 0, 0)
 
     def prepare(
         self,
