@@ -116,11 +116,14 @@ class Processes:
                 return self.end(130, "interrupted")
             return 0
         self._leaving.set()
+        own = f"process {self.index}: {reason}" if reason else ""
         with contextlib.suppress(RuntimeError):
-            self._store.key_value_set(_END, json.dumps([code, f"process {self.index}: {reason}" if reason else ""]))
+            self._store.key_value_set(_END, json.dumps([code, own]))
         with contextlib.suppress(RuntimeError):
-            # Whoever was first has said what all end with.
-            code, _ = json.loads(self._store.key_value_try_get(_END))
+            # Whoever was first has said what all end with; this one may have met only what came of it.
+            code, said = json.loads(self._store.key_value_try_get(_END))
+            if said and said != own:
+                print(f"error: {said}", file=sys.stderr)
         if code:
             self._leave(code)
         # JAX takes the store away when Python ends.

@@ -3,6 +3,7 @@ hypothesis runs."""
 
 import dataclasses
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 # The same examples on every machine and no time limit per example: the first one of a shape compiles.
 settings.register_profile("keye", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("keye")
+
+# A shell that starts the tests in the background has them, and so the programs that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Meshes for the tests of sharding; everything else runs on the first one.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -33,6 +33,7 @@ def model() -> KeyeVL:
     return KeyeVL(TINY, random_params(TINY))
 
 
+@pytest.mark.slow
 def test_recall_is_that_of_training() -> None:
     """The library's layers and training's own, on the same frames and one question."""
     params = initial_params(CONFIG, 3)
@@ -64,6 +65,7 @@ def test_recall_is_whole_where_everything_is_selected(model: KeyeVL) -> None:
     assert (index_recall(model, text(300)) < 0.9).all()
 
 
+@pytest.mark.slow
 def test_unions_are_those_of_the_selected_sets(model: KeyeVL) -> None:
     tokens, topk = 700, TINY.sparse.topk
     prompt = text(tokens)

@@ -62,6 +62,7 @@ def test_the_plan_counts_the_tokens_that_generation_counts(
     assert gib(out)["weights"] == round(weights / GIB, 2)
 
 
+@pytest.mark.slow
 def test_what_exceeds_the_device_is_said_and_is_an_exit_code_of_its_own(
     golden_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +71,7 @@ def test_what_exceeds_the_device_is_said_and_is_an_exit_code_of_its_own(
     assert "each device: 0.00 GiB, it does not fit" in out
 
 
+@pytest.mark.slow
 def test_an_answer_that_outgrows_its_cache_is_planned_with_both(
     golden_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +149,7 @@ def test_frames_are_planned_as_they_are_divided(tiny_bundle: Path, capsys: pytes
     assert vision == ["vision-cpu-d1-patches2048", "vision-cpu-d8-context-patches256"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed here")
 def test_a_topology_without_its_compiler_is_planned_by_weights_and_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

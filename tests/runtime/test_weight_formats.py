@@ -25,6 +25,7 @@ from tests.runtime.test_programs import equal, tracer
 NEW_TOKENS = 12
 
 
+@pytest.mark.slow
 def test_an_engine_answers_as_the_functions_do_and_says_the_format(
     golden_int8_bundle: Path, golden: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
