@@ -93,6 +93,7 @@ def test_it_answers_another_user_from_another_folder(
     assert list((tmp_path / "home" / ".cache" / "keye-jax" / "compiled").iterdir())
 
 
+@pytest.mark.slow
 def test_it_answers_about_a_photograph_without_the_model(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = copy_without_graphs(tiny_bundle, tmp_path / "copy")
     export(copy)

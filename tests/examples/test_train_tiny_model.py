@@ -73,6 +73,7 @@ def params() -> dict[str, Any]:
     return initial_params(CONFIG, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "topk"), [("dense", 1024), ("sparse", CONFIG.sparse.topk)])
 def test_every_question_gets_the_logits_of_the_library_asked_alone(params: Any, mode: Mode, topk: int):
     given = inputs()

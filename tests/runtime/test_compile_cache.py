@@ -121,6 +121,7 @@ def test_commands_refuse_a_cache_that_others_can_write_in_one_line(
     assert errors[0].startswith("error: others can write to the compilation cache")
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(golden: dict[str, np.ndarray], golden_bundle: Path) -> None:
     ids = ",".join(map(str, golden["text_short/input_ids"]))
     arguments = [golden_bundle, "--token-ids", ids, "--max-new-tokens", "16", "--json"]

@@ -43,6 +43,7 @@ def test_a_batch_of_all_golden_prompts_gives_each_its_golden_tokens(golden: Gold
         assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist(), case
 
 
+@pytest.mark.slow
 def test_a_growing_cache_and_short_chunks_change_nothing(
     golden: Golden, golden_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

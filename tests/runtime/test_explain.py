@@ -174,6 +174,7 @@ def ask(engine: Engine, new: int = 20) -> Any:
     return generation
 
 
+@pytest.mark.slow
 def test_a_generation_is_explained_in_chunks_of_any_size(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     generation = ask(tiny_engine)
     whole = generation.explanation()

@@ -74,6 +74,7 @@ def test_every_platform_is_exported_here(tiny: Path, platform: str) -> None:
         assert graphs.load(tiny, entry).platforms == (platform,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "options", "devices"), [("tpu", ["--topology", "v5e:2x4"], 8), ("cuda", ["--devices", "4"], 4)]
 )
@@ -98,6 +99,7 @@ def test_the_published_model_is_exported_without_weights(
             assert f'name = "{attention}"' in graphs.load(published, entry).mlir_module()
 
 
+@pytest.mark.slow
 def test_graphs_for_a_topology_hold_its_chips_sizes(published: Path) -> None:
     """A v5p's two cores share a list and merge; without a topology, and for a v5e, one takes it whole."""
     merges = []

@@ -214,6 +214,7 @@ def test_vision_gives_what_the_function_gives(golden: Golden, model: tuple[Progr
     np.testing.assert_allclose(found[: len(patches) // 4], golden["mixed/image_tokens"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_give_what_the_functions_give(
     golden_batch: dict[str, Any], golden: Golden, model: tuple[Programs, Any, KeyeConfig]
 ) -> None:
