@@ -29,6 +29,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture
+def hasty_compiler() -> Iterator[None]:
+    """For tests of what stands around programs: without most of XLA's optimisations, which take most of their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, np.ndarray]:
     """Every array of golden.npz by name."""

@@ -45,7 +45,7 @@ def selected(devices: int, topk: int, q: Any, weights: Any, keys: Any, scale: An
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32 - 1),
     devices=st.sampled_from(SIZES),
