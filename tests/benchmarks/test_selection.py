@@ -59,6 +59,7 @@ def test_recall_is_that_of_training() -> None:
     assert (found < 0.999).all()
 
 
+@pytest.mark.slow
 def test_recall_is_whole_where_everything_is_selected(model: KeyeVL) -> None:
     whole = KeyeVL(dense(TINY, 512), model.arrays())
     np.testing.assert_allclose(index_recall(whole, text(300)), 1, atol=1e-5)

@@ -116,6 +116,7 @@ def test_divergence_is_zero_for_the_distribution_itself_and_counts_seen_keys_onl
     assert float(divergence(share, -index, seen)[0, 0]) == pytest.approx(0.5 * np.log(3), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_warm_up_has_gradients_for_the_indexer_alone(params: Any):
     given = inputs()
     states = States(*np.zeros((6, 1, FRAMES, 1), np.int16))

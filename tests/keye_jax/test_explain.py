@@ -37,6 +37,7 @@ def produced(ids: np.ndarray, positions: np.ndarray, valid: Any) -> graphs.Produ
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_counts_are_the_golden_selected_sets(
     golden: dict[str, np.ndarray], golden_params: Any, golden_configs: Any, mode: str

@@ -35,6 +35,7 @@ def generate(
     return rows
 
 
+@pytest.mark.slow
 def test_a_batch_of_all_golden_prompts_gives_each_its_golden_tokens(golden: Golden, golden_engine: Engine) -> None:
     # Unequal lengths, text and images and video side by side: rows must not see each other.
     prompts = [golden_prompt(golden, case) for case in CASES]

@@ -48,6 +48,7 @@ def test_the_published_configuration_has_the_published_size() -> None:
     assert count_params(KeyeConfig.from_hf(CONFIG)) + PACKING_TABLE == PARAMETERS == 31_122_082_160
 
 
+@pytest.mark.slow
 def test_an_export_holds_every_shape_that_the_model_can_need(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tiny), "--platform", "cpu"]) == 0
     found = entries(tiny)
