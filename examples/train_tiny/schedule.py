@@ -33,14 +33,15 @@ class Stage:
         return self.first + self.steps
 
 
-# A dense step of 64 clips of 6 frames, or of 32 clips of 16, takes 40 ms on one H200, a step of the indexer's warm-up
-# 50 ms, the first compilation 20 s: about five minutes together.
+# A dense step takes 30 to 50 ms on one H200, a step of the indexer's warm-up 50 ms, a sparse one 90 ms, the first
+# compilation 20 s: about eight minutes together. Shorter dense stages answer "when" by the shape alone: it is the
+# colour or digit in the question that takes long to count.
 STAGES = (
-    Stage("dense", 2e-3, 800, Shape(96, 4, mix="seeing")),
-    Stage("dense", 2e-3, 1400, Shape(64, 8), measured=("warm-up",)),
-    Stage("dense", 2e-3, 2400, Shape(32, 16, fewest=8), measured=("warm-up",)),
-    Stage("warm-up", 2e-3, 250, Shape(16, 16, fewest=8), measured=("warm-up", "sparse")),
-    Stage("sparse", 5e-4, 500, Shape(16, 16, fewest=8), measured=("warm-up", "sparse")),
+    Stage("dense", 2e-3, 1600, Shape(96, 4, mix="seeing")),
+    Stage("dense", 2e-3, 2000, Shape(64, 8), measured=("warm-up",)),
+    Stage("dense", 2e-3, 4800, Shape(32, 16, fewest=8), measured=("warm-up",)),
+    Stage("warm-up", 2e-3, 300, Shape(16, 16, fewest=8), measured=("warm-up", "sparse")),
+    Stage("sparse", 5e-4, 1200, Shape(16, 16, fewest=8), measured=("warm-up", "sparse")),
 )
 EVALUATION = Shape(16, 16, fewest=8)
 
