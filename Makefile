@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .PHONY: help demo test quick lint parity tpu-aot clean
 
 help:
-	@echo "make demo     from nothing to an answer about a short video and a photograph (tiny random weights)"
+	@echo "make demo     from nothing to a right answer about a short video, by the small trained model in examples/tiny_keye"
 	@echo "make test     formatting, lint, types and all tests but the comparisons with other people's code"
 	@echo "make parity   the comparisons: adds CPU torch and transformers in an environment of their own"
 	@echo "make tpu-aot  compile kernels and exported graphs for TPU chips that need not be here (adds libtpu in its own environment)"
@@ -25,8 +25,8 @@ help:
 	@echo "With PYTHON=/path/to/python3.13 a target uses that interpreter (3.11 or newer) and its own environment."
 
 demo:
-	@.ci/venv.sh $(VENV) demo $(PYTHON)
-	@$(BIN)/python -m examples.demo
+	@.ci/venv.sh $(VENV) video $(PYTHON)
+	@$(BIN)/python -m examples.demo --clip 2
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not parity"
