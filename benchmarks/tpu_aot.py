@@ -26,8 +26,6 @@ from runtime import aot
 
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1", "tpu7x:2x2x1")
 CONTEXTS = (262144, 131072, 32768)
-"""The first for every topology, the others for the first alone: what programs need beside weights and cache hardly
-depends on it."""
 WEIGHTS: dict[str, dict[str, Any]] = {"bf16": {}, "int8": {"weights": "int8"}}
 """Formats of the weights → options of `convert`."""
 _PATCHES, _CHUNK, _TINY_CONTEXT = 8192, 512, 8192
@@ -110,8 +108,9 @@ def _rows(folder: Path, topologies: tuple[str, ...], *, quick: bool) -> Iterator
     for topology in topologies:
         # The vision tower's weights are in one format only.
         yield from _compile("published", "bf16", bundles["bf16"], topology, [("vision", (_PATCHES,))])
-        for weights, path in bundles.items():
-            yield from _compile("published", weights, path, topology, _texts(CONTEXTS[0]))
+        for context in CONTEXTS[:1] if quick else CONTEXTS:
+            for weights, path in bundles.items():
+                yield from _compile("published", weights, path, topology, _texts(context))
     if quick:
         tiny = folder / "tiny"
         tiny.mkdir()
@@ -120,10 +119,6 @@ def _rows(folder: Path, topologies: tuple[str, ...], *, quick: bool) -> Iterator
         for topology in topologies:
             shapes = [("vision", (_PATCHES,)), *_texts(_TINY_CONTEXT)]
             yield from _compile("tiny", "bf16", bundle.path, topology, shapes)
-    elif TOPOLOGIES[0] in topologies:
-        for weights, path in bundles.items():
-            for context in CONTEXTS[1:]:
-                yield from _compile("published", weights, path, TOPOLOGIES[0], _texts(context))
 
 
 def _texts(context: int) -> list[Shape]:
