@@ -5,8 +5,7 @@ import signal
 import sys
 import time
 
-_LOG_SECONDS = 5.0
-_TERMINAL_SECONDS = 0.1
+from runtime.progress import StatusLine
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,23 +104,21 @@ def _convert(options: argparse.Namespace, progress: "_Progress") -> int:
     return 0
 
 
-class _Progress:
-    """One line on stderr with rate and remaining time: rewritten on a terminal, a line every few seconds in a log."""
+class _Progress(StatusLine):
+    """Megabytes, rate and remaining time of a stage."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._started = self._printed = 0.0
+        super().__init__()
+        self._started = 0.0
         self._total = self._first = 0
-        self._open = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if total != self._total or done < self._first:
-            self._started, self._first, self._total, self._printed = now, done, total, 0.0
-        interval = _TERMINAL_SECONDS if self._terminal else _LOG_SECONDS
-        if now - self._printed < interval and done < total:
+            self._started, self._first, self._total = now, done, total
+            self.restart()
+        if not self.due(now) and done < total:
             return
-        self._printed = now
         line = f"{stage} · {done / 1e6:,.0f}/{total / 1e6:,.0f} MB"
         seconds = now - self._started
         if done > self._first and seconds > 0:
@@ -129,15 +126,7 @@ class _Progress:
             line += f" · {rate / 1e6:,.0f} MB/s"
             if done < total:
                 line += f" · {_duration((total - done) / rate)} left"
-        print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
-        sys.stderr.flush()
-        self._open = self._terminal
-
-    def close(self) -> None:
-        """Ends the line in progress, so that other output starts on a fresh one."""
-        if self._open:
-            print(file=sys.stderr)
-            self._open = False
+        self.write(line, now)
 
 
 def _duration(seconds: float) -> str:

@@ -34,6 +34,7 @@ MAY_IMPORT = {
         "runtime.bundle",
         "runtime.manifest",
         "runtime.processor",
+        "runtime.progress",
     },
     "examples": {"examples", "keye_jax", "convert", "runtime"},
 }
