@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = Record(args.out, args.seconds)
     record.put(("command",), shlex.join(["python", "-m", "benchmarks.gpu", *argv]))
     record.put(("date",), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    record.put(("commit",), args.commit or _commit())
+    record.put(("commit",), args.commit or commit())
     record.put(("config",), args.config)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         # Tracing takes a core for a minute and no device: it goes on while the peer is timed.
@@ -92,7 +92,7 @@ def _exit_code(process: subprocess.Popen[str], limit: float) -> int:
 def _held(module: str, argv: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A process that traces its programs and then waits for `_go_on`; it ends at the latest with the context."""
     command = [sys.executable, "-m", f"benchmarks.gpu.{module}", *argv, "--hold"]
-    process = subprocess.Popen(command, env=_environment(module), stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(module), stdin=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -109,7 +109,8 @@ def _go_on(process: subprocess.Popen[str] | None) -> None:
             process.stdin.flush()
 
 
-def _environment(module: str) -> dict[str, str]:
+def environment(module: str) -> dict[str, str]:
+    """Of a process that runs a module of the benchmark."""
     # The allocator grows with the need instead of taking three quarters of the device at once, so that it reports a
     # peak; and it may take nearly all, for the caches of several long rows.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
@@ -120,7 +121,8 @@ def _environment(module: str) -> dict[str, str]:
     return environment
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What git says of the version here."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return git.stdout.strip() or "unknown"
 

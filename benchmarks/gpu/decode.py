@@ -21,6 +21,9 @@ STEPS = graphs.MAX_DECODE_STEPS
 CALLS = 5
 """Timed calls of STEPS tokens each."""
 
+SPARE = (CALLS + 1) * STEPS
+"""Tokens that a row is decoded by."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,15 +55,32 @@ def measure(model: Model, plan: Plan, compiler: Compiler, record: Record) -> Non
 
 
 def _time(model: Model, program: Any, batch: int, context: int) -> float:
-    """Milliseconds a step; the median call, each waited for as the runtime does to show tokens."""
-    config, state, taken = model.config, decode_state(batch), []
-    cache = random_cache(config, batch, context, context - (CALLS + 1) * STEPS)
+    config = model.config
+    cache = random_cache(config, batch, context, context - SPARE)
     logits = jnp.zeros((batch, config.text.vocab_size), jnp.float32)
-    for _ in range(CALLS + 1):  # the first is not counted
+    return time_steps(program, model.text, cache, logits, decode_state(batch), jnp.int32(STEPS))[0]
+
+
+def time_steps(
+    program: Any, params: Any, cache: Any, logits: jax.Array, state: Any, steps: jax.Array
+) -> tuple[float, jax.Array]:
+    """Milliseconds a step: of the median call, each waited for as the runtime does to show tokens. And the tokens
+    [B, STEPS] of the first call, which is not counted.
+
+    Args:
+        cache, logits: taken over by the program; the cache has room for SPARE tokens.
+        state: see `model.decode_state`.
+        steps: STEPS, where the program wants it.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    taken, told = [], []
+    for _ in range(CALLS + 1):
         begin = time.perf_counter()
-        results = program(model.text, cache, logits, state, jnp.int32(STEPS))
-        cache, logits, state, tokens, finite = jax.block_until_ready(results)
+        cache, logits, state, tokens, finite = jax.block_until_ready(program(params, cache, logits, state, steps))
         taken.append((time.perf_counter() - begin) / STEPS)
+        told.append(tokens)
         if not bool(jnp.all(finite)) or bool(jnp.any(tokens == graphs.NO_TOKEN)):
-            raise FloatingPointError(f"decode of batch {batch} at {context} tokens gave no finite logits")
-    return round(1e3 * sorted(taken[1:])[CALLS // 2], 4)
+            raise FloatingPointError("decoding gave logits that are not finite")
+    return round(1e3 * sorted(taken[1:])[CALLS // 2], 4), told[0]

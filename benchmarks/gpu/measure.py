@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = Record(args.out, args.seconds - (time.monotonic() - begin))
     record.put(("seconds", "trace"), round(traced, 1))
     record.put(("seconds", "trace, compile, weights, checks"), round(time.monotonic() - begin, 1))
-    record.put(("failed_to_compile",), compiler.failed)
+    record.put(("failed_to_compile",), list(compiler.failed))
     _sections(Run(args, record, _rates(record, tiny), *plans), model, compiler)
     return 1 if record.failures or compiler.failed else 0
 

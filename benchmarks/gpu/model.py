@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,38 +11,34 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.published import CONFIG
+from examples.tiny_checkpoint import tiny_config
 from keye_jax import KeyeConfig, graphs
 from keye_jax.cache import Cache, abstract_cache
-from keye_jax.config import SparseConfig, TextConfig, VisionConfig
 from keye_jax.params import abstract_params, flatten, param_specs, unflatten
 from keye_jax.sampling import Sampling
 
-PUBLISHED = KeyeConfig.from_hf(CONFIG)
-
-TINY = KeyeConfig(
-    text=TextConfig(
-        vocab_size=512,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
-        moe_intermediate_size=64,
-        num_experts=8,
-        num_experts_per_tok=2,
-        rope_theta=10000.0,
-        mrope_section=(16, 24, 24),
-    ),
-    sparse=SparseConfig(indexer_num_heads=4, indexer_head_dim=64, topk=64),
-    vision=VisionConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=56
-    ),
-    image_token_id=510,
-    video_token_id=511,
+TINY_JSON = tiny_config(
+    {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "sa_config": {"indexer_num_heads": 4, "indexer_head_dim": 64, "topk": 64},
+        "vision_config": {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 40},
+    }
 )
 """Sizes that every kernel takes and a CPU runs in seconds: for trying the benchmark itself."""
 
-CONFIGS = {"30b": PUBLISHED, "tiny": TINY}
+JSONS = {"30b": CONFIG, "tiny": TINY_JSON}
+"""What config.json holds of each."""
+
+CONFIGS = {name: KeyeConfig.from_hf(json) for name, json in JSONS.items()}
+
+TINY = CONFIGS["tiny"]
 
 DTYPE = jnp.bfloat16
 
@@ -216,12 +212,17 @@ class Compiler:
         if not held:
             self.release()
         self._programs: dict[Any, Future[Any]] = {}
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}
+        """Programs that do not compile, and why."""
         self.kernels: set[Any] = set()
         """Keys of the programs with a kernel of ours in them."""
 
-    def add(self, key: Any, lower: Callable[[], Any]) -> None:
-        """Lowers a program unless there is one of this key. One that does not trace is named and left out."""
+    def add(self, key: Any, lower: Callable[[], Any], **options: Any) -> None:
+        """Lowers a program unless there is one of this key. One that does not trace is named and left out.
+
+        Args:
+            options: XLA's, for this program.
+        """
         if key not in self._programs:
             self._programs[key] = Future()
             try:
@@ -231,15 +232,15 @@ class Compiler:
                 return
             if any(name in lowered.as_text() for name in ("mosaic_gpu", "triton")):
                 self.kernels.add(key)
-            self._programs[key] = self._pool.submit(self._compile, lowered)
+            self._programs[key] = self._pool.submit(self._compile, lowered, options)
 
     def release(self) -> None:
         """Begins to compile."""
         self._held.set()
 
-    def _compile(self, lowered: Any) -> Any:
+    def _compile(self, lowered: Any, options: dict[str, Any]) -> Any:
         self._held.wait()
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
 
     def get(self, key: Any) -> Any:
         """Waits for a program; None if it was not added or does not compile."""
@@ -250,14 +251,16 @@ class Compiler:
         except Exception as error:
             name = " ".join(str(part)[:60] for part in key) if isinstance(key, tuple) else str(key)
             if name not in self.failed:
-                self.failed.append(name)
-                print(f"{name}: does not compile: {type(error).__name__}: {str(error)[:600]}", flush=True)
+                self.failed[name] = f"{type(error).__name__}: {str(error)[:600]}"
+                print(f"{name}: does not compile: {self.failed[name]}", flush=True)
             return None
 
-    def wait(self) -> None:
-        """Until nothing is being compiled: what is timed next has the machine to itself."""
-        for key in list(self._programs):
-            self.get(key)
+    def wait(self, seconds: float | None = None) -> None:
+        """Until nothing is being compiled, or at most so long: what is timed next has the machine to itself."""
+        wait(self._programs.values(), seconds)
+        for key, program in self._programs.items():
+            if program.done():
+                self.get(key)
 
 
 def peak_bytes(program: Any) -> int:

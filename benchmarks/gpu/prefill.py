@@ -97,26 +97,41 @@ def _repeats(plan: Plan, context: int) -> int:
 
 
 def _time(model: Model, way: str, program: Any, context: int, plan: Plan, record: Record) -> float | None:
-    """Median over whole prompts, from the first chunk's dispatch to the last logits; warm. None if there is no time."""
+    """Median over whole prompts, warm. None if there is no time."""
     parts = list(_parts(model.config, way, context, plan.length(context)))
     logits = jnp.zeros((1, model.config.text.vocab_size), jnp.float32)
 
     def prompt(parts: list[Any]) -> float:
-        cache, last = jax.block_until_ready((empty_cache(model.config, 1, context), logits + 0))
-        begin = time.perf_counter()
-        for part in parts:
-            cache, last = program(model.text, cache, last, part)
-        jax.block_until_ready((cache, last))
-        seconds = time.perf_counter() - begin
-        if not bool(jnp.all(jnp.isfinite(last))):
-            raise FloatingPointError(f"prefill {way} of {context} tokens ends in logits that are not finite")
-        return seconds
+        return time_prompt(program, model.text, (empty_cache(model.config, 1, context), logits + 0), parts)[0]
 
     prompt(parts[:1])
     # The first chunk is the fastest one.
     if not record.allows(prompt(parts[:1]) * len(parts) * _repeats(plan, context), "prefill_s", context, way):
         return None
     return round(statistics.median(prompt(parts) for _ in range(_repeats(plan, context))), 4)
+
+
+def time_prompt(
+    program: Any, params: Any, carried: tuple[Any, jax.Array], parts: Sequence[Any]
+) -> tuple[float, jax.Array]:
+    """Seconds from the first chunk's dispatch to the last logits, and these [1, V].
+
+    Args:
+        carried: an empty cache and logits, which the program takes over.
+        parts: the prompt's chunks.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    cache, last = jax.block_until_ready(carried)
+    begin = time.perf_counter()
+    for part in parts:
+        cache, last = program(params, cache, last, part)
+    jax.block_until_ready((cache, last))
+    seconds = time.perf_counter() - begin
+    if not bool(jnp.all(jnp.isfinite(last))):
+        raise FloatingPointError("a prefill ends in logits that are not finite")
+    return seconds, last
 
 
 def _peak(program: Any) -> int:
