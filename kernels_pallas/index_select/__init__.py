@@ -35,7 +35,8 @@ def select_bits(
         idx_k: [L, B, S, I] index-key cache of all layers, same dtype; S a multiple of 32.
         key_scale: [L, B, S] float32 powers of two, or None where keys are not quantised.
         layer: which layer's cache, int32 scalar.
-        start: [B] int32, sequence index of the first query of each row.
+        start: [B] int32, sequence index of the first query of each row. A query before the first key sees none, one
+            behind the last sees all: a device of several holds a part of the keys.
         topk: how many keys a query attends to.
 
     Returns:

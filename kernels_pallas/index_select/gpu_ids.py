@@ -91,7 +91,7 @@ def select_ids(
     keys, best, count = score_keys(idx_q, weights, idx_k, key_scale, layer, start, topk, tuning, interpret)
     candidates = ()
     if keys.shape[1] > tuning.whole:
-        candidates = list_candidates(start, keys, best, count, topk, tuning, interpret)
+        candidates = list_candidates(start, keys, best, count, idx_k.shape[2], topk, tuning, interpret)
     return write_ids(start, keys, candidates, idx_k.shape[2], topk, tuning, interpret)
 
 
@@ -144,11 +144,12 @@ def list_candidates(
     keys: jax.Array,
     best: jax.Array,
     count: jax.Array,
+    S: int,
     topk: int,
     tuning: Tuning,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Second launch, for what `score_keys` returned.
+    """Second launch, for what `score_keys` returned for S keys a row.
 
     Returns:
         Keys and ids of candidates [B, S padded] int32, in any order, and how many they are [B] int32: all visible keys
@@ -157,7 +158,7 @@ def list_candidates(
     B, width = keys.shape
     listed = jax.ShapeDtypeStruct((B, width), jnp.int32)
     return pl.pallas_call(
-        partial(_list_candidates, topk=topk, tuning=tuning),
+        partial(_list_candidates, S=S, topk=topk, tuning=tuning),
         out_shape=(listed, listed, jax.ShapeDtypeStruct((B,), jnp.int32)),
         grid=(min(width // tuning.slice, max(1, tuning.blocks // B)), B),
         input_output_aliases={3: 2},
@@ -192,6 +193,11 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _visible(start_ref: Any, b: jax.Array, S: int) -> jax.Array:
+    """How many keys row b sees. Its query may lie beyond the S keys: a device of several holds a part of them."""
+    return jnp.minimum(start_ref[b] + 1, S)
+
+
 def _score_keys(
     layer_ref: Any,
     start_ref: Any,
@@ -208,7 +214,7 @@ def _score_keys(
     block, b = pl.program_id(0), pl.program_id(1)
     J, I = q_ref.shape[2:]  # noqa: E741
     layer = layer_ref[0]
-    live = start_ref[b] + 1
+    live = _visible(start_ref, b, k_ref.shape[2])
     tiles = pl.cdiv(live, tile)
     precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
     rows = max(16, _power(J))
@@ -281,13 +287,14 @@ def _list_candidates(
     id_ref: Any,
     count_ref: Any,
     *,
+    S: int,
     topk: int,
     tuning: Tuning,
 ) -> None:
     size, whole = tuning.slice, tuning.whole
     block, b = pl.program_id(0), pl.program_id(1)
     blocks = pl.num_programs(0)
-    live = start_ref[b] + 1
+    live = _visible(start_ref, b, S)
     own = (pl.cdiv(live, size) - block + blocks - 1) // blocks
 
     def load(i: jax.Array) -> jax.Array:
@@ -320,7 +327,7 @@ def _write_ids(start_ref: Any, keys_ref: Any, *refs: Any, S: int, topk: int, tun
     size, whole, held = tuning.slice, tuning.whole, tuning.held
     block, b = pl.program_id(0), pl.program_id(1)
     width = ids_ref.shape[1]
-    live = start_ref[b] + 1
+    live = _visible(start_ref, b, S)
     spans = pl.cdiv(pl.cdiv(live, size), pl.num_programs(0))
     origin = block * spans * size
 

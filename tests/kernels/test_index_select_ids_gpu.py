@@ -55,10 +55,12 @@ def check(arguments: tuple[Any, ...], start: list[int], topk: int, tuning: Tunin
 @settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    start=st.tuples(st.integers(0, CAPACITY - 1), st.integers(0, CAPACITY - 1)),
+    # A device that holds a part of the keys is asked for queries before and behind them.
+    start=st.tuples(st.integers(-CAPACITY, 2 * CAPACITY), st.integers(0, CAPACITY - 1)),
     spread=st.sampled_from([0, 1, 3]),
 )
 @example(seed=0, start=(CAPACITY - 1, 0), spread=3)
+@example(seed=0, start=(-5, 2 * CAPACITY), spread=3)
 @example(seed=0, start=(TOPK - 1, TOPK), spread=3)  # all visible keys are selected; all but one
 @example(seed=0, start=(255, 256), spread=3)  # searched whole; pruned first
 @example(seed=0, start=(300, 700), spread=0)  # all scores equal: more candidates than are held at once
@@ -84,6 +86,7 @@ def test_any_topk(blocks: int, topk: int) -> None:
 def test_small_capacities(dtype: Any, capacity: int, heads: int, topk: int) -> None:
     """Searched whole; topk beyond the capacity; heads that are no power of two."""
     check(inputs(2, capacity, heads, 64, dtype, 3), [capacity - 1, 7], topk, Tuning())
+    check(inputs(2, capacity, heads, 64, dtype, 3), [3 * capacity, -7], topk, Tuning())
 
 
 def test_every_value_of_float8() -> None:
