@@ -16,12 +16,11 @@ from tests.keye_jax.golden_prompts import CASES
 from tests.runtime.test_executor import generate, golden_prompt
 
 
-@pytest.mark.parametrize(("devices", "preset"), [(4, None), (2, "expert")])
-def test_golden_tokens_on_several_devices(
-    golden: dict[str, np.ndarray], golden_bundle: Path, devices: int, preset: str | None
-) -> None:
-    """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows."""
-    engine = Engine(Bundle.open(golden_bundle), devices=devices, preset=preset)
+def test_golden_tokens_on_several_devices(golden: dict[str, np.ndarray], golden_bundle: Path) -> None:
+    """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows. (The other preset:
+    `test_processes.py`.)"""
+    devices = 4
+    engine = Engine(Bundle.open(golden_bundle), devices=devices)
     rows = generate(engine.executor(), [golden_prompt(golden, case) for case in CASES])
     for case, row in zip(CASES, rows, strict=True):
         assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist(), case
