@@ -16,6 +16,7 @@ from tests.keye_jax.golden_prompts import CASES
 from tests.runtime.test_executor import generate, golden_prompt
 
 
+@pytest.mark.slow
 def test_golden_tokens_on_several_devices(golden: dict[str, np.ndarray], golden_bundle: Path) -> None:
     """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows. (The other preset:
     `test_processes.py`.)"""

@@ -112,6 +112,7 @@ def test_the_published_model_is_exported_without_weights(
             assert f'name = "{attention}"' in graphs.load(published, entry).mlir_module()
 
 
+@pytest.mark.slow
 def test_graphs_for_a_topology_hold_its_chips_sizes(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A v5p's two cores share a list and merge; without a topology, and for a v5e, one takes it whole."""
     export_only(monkeypatch, "decode")
