@@ -106,12 +106,13 @@ def golden_int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights with a tokenizer."""
+    """Random weights with a tokenizer. One layer, unlike the golden bundle: its programs compile in half the time."""
     from convert.convert import convert
     from examples.tiny_checkpoint import write_tiny_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_checkpoint(folder / "hf", seed=3)
+    one_layer = {"num_hidden_layers": 1, "vision_config": {"num_hidden_layers": 1}}
+    write_tiny_checkpoint(folder / "hf", seed=3, overrides=one_layer)
     convert(folder / "hf", folder / "bundle", dtype="float32")
     return folder / "bundle"
 

@@ -194,7 +194,7 @@ def random_splits(draw: st.DrawFn, width: int) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(splits=random_splits(16), mode=st.sampled_from(MODES))
 @example(splits=[[16] * 7] * 6, mode="fp8_on")
 @example(splits=[[1] + [16] * 7] * 6, mode="fp8_on")

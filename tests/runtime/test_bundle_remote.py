@@ -113,9 +113,9 @@ def test_text_is_tokenised_with_what_the_bucket_holds(stored, tiny_bundle):
     assert np.array_equal(remote.token_ids, local.token_ids)
 
 
-def test_any_address_that_tensorstore_knows_will_do(tiny_bundle):
-    remote = Bundle.open(f"{tiny_bundle.as_uri()}/")
-    jax.tree.map(np.testing.assert_array_equal, remote.load_params(), Bundle.open(tiny_bundle).load_params())
+def test_any_address_that_tensorstore_knows_will_do(golden_bundle):
+    remote = Bundle.open(f"{golden_bundle.as_uri()}/")
+    jax.tree.map(np.testing.assert_array_equal, remote.load_params(), Bundle.open(golden_bundle).load_params())
 
 
 @pytest.mark.parametrize(

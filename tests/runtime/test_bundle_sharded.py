@@ -134,31 +134,31 @@ def arrays(bundle: Bundle) -> list[tuple[str, StoredArray]]:
     return [stored for group in bundle.groups.values() for stored in group.arrays.items()]
 
 
-def test_every_mesh_gets_the_same_values_and_reads_nothing_twice(tiny_bundle):
-    found = outcome(start(EVERY_MESH, tiny_bundle, devices=8))
+def test_every_mesh_gets_the_same_values_and_reads_nothing_twice(golden_bundle):
+    found = outcome(start(EVERY_MESH, golden_bundle, devices=8))
     assert len(found) == 8
     assert {name: case["wrong"] for name, case in found.items()} == {name: [] for name in found}
-    stored = sum(array.nbytes for _, array in arrays(Bundle.open(tiny_bundle)))
+    stored = sum(array.nbytes for _, array in arrays(Bundle.open(golden_bundle)))
     # The stores' index nodes come on top: some hundred bytes for an array of a layer.
     assert {name: case["bytes"] / stored for name, case in found.items() if case["bytes"] > 1.1 * stored} == {}
     assert all(case["bytes"] >= stored for case in found.values())
 
 
-def test_a_process_reads_only_what_its_devices_hold(tiny_bundle):
+def test_a_process_reads_only_what_its_devices_hold(golden_bundle):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [start(ONE_OF_TWO, tiny_bundle, port, number, devices=1) for number in range(2)]
+    processes = [start(ONE_OF_TWO, golden_bundle, port, number, devices=1) for number in range(2)]
     found = [outcome(process) for process in processes]
     assert [part["experts"] for part in found] == [[0, 4], [4, 8]]
-    whole = Bundle.open(tiny_bundle).load_params()["text"]["layers"]["moe"]["gate_up_proj"]
+    whole = Bundle.open(golden_bundle).load_params()["text"]["layers"]["moe"]["gate_up_proj"]
     for part, rows in zip(found, (slice(0, 4), slice(4, 8)), strict=True):
         assert tuple(part["global shape"]) == whole.shape
         assert part["sum"] == pytest.approx(float(np.asarray(whole[:, rows], np.float64).sum()), abs=1e-3)
         assert part["last progress"] == [part["own"], part["own"]]
         assert part["own"] <= part["bytes"] < part["own"] * 1.1
-    split = [array for name, array in arrays(Bundle.open(tiny_bundle)) if re.search(SPLIT, name)]
-    everything = sum(array.nbytes for _, array in arrays(Bundle.open(tiny_bundle)))
+    split = [array for name, array in arrays(Bundle.open(golden_bundle)) if re.search(SPLIT, name)]
+    everything = sum(array.nbytes for _, array in arrays(Bundle.open(golden_bundle)))
     assert {part["own"] for part in found} == {everything - sum(array.nbytes for array in split) // 2}
 
 
@@ -188,8 +188,8 @@ def test_values_and_scales_of_8_bit_weights_are_spread_alike(golden_int8_bundle,
     assert layers["attn"]["o_proj"]["scale"].sharding.is_fully_replicated
 
 
-def test_a_parameter_without_sharding_is_named(tiny_bundle):
-    bundle = Bundle.open(tiny_bundle)
+def test_a_parameter_without_sharding_is_named(golden_bundle):
+    bundle = Bundle.open(golden_bundle)
     everywhere = NamedSharding(Mesh(jax.devices()[:1], ("m",)), PartitionSpec())
     shardings = jax.tree.map(lambda _: everywhere, bundle.abstract_params())
     del shardings["text"]["layers"]["attn"]["q_norm"]

@@ -16,12 +16,12 @@ from tests.keye_jax.golden_prompts import CASES
 from tests.runtime.test_executor import generate, golden_prompt
 
 
-@pytest.mark.parametrize(("devices", "preset"), [(4, None), (2, "expert")])
-def test_golden_tokens_on_several_devices(
-    golden: dict[str, np.ndarray], golden_bundle: Path, devices: int, preset: str | None
-) -> None:
-    """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows."""
-    engine = Engine(Bundle.open(golden_bundle), devices=devices, preset=preset)
+@pytest.mark.slow
+def test_golden_tokens_on_several_devices(golden: dict[str, np.ndarray], golden_bundle: Path) -> None:
+    """Exported for the mesh, weights restored into it, all prompts as one batch of unequal rows. (The other preset:
+    `test_processes.py`.)"""
+    devices = 4
+    engine = Engine(Bundle.open(golden_bundle), devices=devices)
     rows = generate(engine.executor(), [golden_prompt(golden, case) for case in CASES])
     for case, row in zip(CASES, rows, strict=True):
         assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist(), case
@@ -37,7 +37,7 @@ def test_a_cpu_is_one_device_unless_told() -> None:
     assert len(choose_devices(None)) == 1
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_vision_rows_of_several_devices_are_in_the_order_of_the_prompt(
     golden: dict[str, np.ndarray], golden_bundle: Path, golden_engine: Engine, devices: int
 ) -> None:

@@ -48,12 +48,13 @@ def test_a_batch_of_all_golden_prompts_gives_each_its_golden_tokens(golden: Gold
 def test_a_growing_cache_and_short_chunks_change_nothing(
     golden: Golden, golden_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = golden_prompt(golden, "text_long")
-    whole = generate(golden_engine.executor(), [prompt], new=[40])
+    prompts = [golden_prompt(golden, case) for case in CASES]
+    # In the batch whose programs other tests use as well.
+    whole = generate(golden_engine.executor(), prompts, new=[40] * len(prompts))[CASES.index("text_long")]
     monkeypatch.setattr(buckets, "CONTEXTS", (128, 256))
     monkeypatch.setattr(buckets, "CHUNKS", (48,))
-    assert generate(golden_engine.executor(), [prompt], new=[40]) == whole
-    assert whole[0][:16] == golden["text_long/fp8_on/decode_tokens"].tolist()
+    assert generate(golden_engine.executor(), [golden_prompt(golden, "text_long")], new=[40]) == [whole]
+    assert whole[:16] == golden["text_long/fp8_on/decode_tokens"].tolist()
 
 
 def test_a_stop_token_ends_its_row_and_only_its_row(golden: Golden, golden_engine: Engine) -> None:

@@ -19,6 +19,8 @@ from runtime.plan import main
 from tests.runtime.media import numbered_picture, real_clip, real_photo, write_video
 
 GIB = 1 << 30
+NOTHING = SimpleNamespace(memory=aot.Memory(0, 0, 0, 0))
+"""A compiled program that needs no memory."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,23 +64,30 @@ def test_the_plan_counts_the_tokens_that_generation_counts(
     assert gib(out)["weights"] == round(weights / GIB, 2)
 
 
+@pytest.fixture
+def tiny_shapes(tmp_path: Path) -> Path:
+    """A small model without weights, whose heads and experts divide by eight."""
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tiny_config({"num_hidden_layers": 1})))
+    return convert(tmp_path / "hf", tmp_path / "bundle", dtype="float32", shapes_only=True).path
+
+
 @pytest.mark.slow
 def test_what_exceeds_the_device_is_said_and_is_an_exit_code_of_its_own(
-    golden_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_shapes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "device_memory", lambda devices: 1 << 20)
-    out = run(capsys, golden_bundle, "--token-ids", "7", "--max-new-tokens", 1, "--devices", 2, code=1)
+    out = run(capsys, tiny_shapes, "--token-ids", "7", "--max-new-tokens", 1, "--devices", 2, code=1)
     assert "each device: 0.00 GiB, it does not fit" in out
 
 
-@pytest.mark.slow
 def test_an_answer_that_outgrows_its_cache_is_planned_with_both(
     golden_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moving from 512 to 2,048 slots takes a cache of each for a moment."""
     monkeypatch.setattr(plan, "_GIB", 1 << 10)
     # Programs that need nothing: what is left is the copy.
-    monkeypatch.setattr(aot.Memory, "beside", lambda self, held: 0)
+    monkeypatch.setattr("runtime.programs.Programs._get", lambda self, program, *shape: NOTHING)
     out = run(capsys, golden_bundle, "--token-ids", "7", "--max-new-tokens", 600)
     assert "graph decode-cpu-d1-batch1-context2048: " in out
     assert "graph decode-cpu-d1-batch1-context512: until the answer outgrows it" in out
@@ -103,22 +112,13 @@ def test_a_long_video_is_planned_from_its_index(
     assert 400 * 64 < tokens < 32768
 
 
-@pytest.fixture
-def tiny_shapes(tmp_path: Path) -> Path:
-    """A small model without weights, whose heads and experts divide by eight."""
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(tiny_config()))
-    return convert(tmp_path / "hf", tmp_path / "bundle", dtype="float32", shapes_only=True).path
-
-
 @pytest.mark.parametrize("preset", ["context", "expert"])
 def test_each_device_is_planned_with_its_share(
     tiny_shapes: Path, preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the shardings in the graphs; a bundle without weights will do."""
     monkeypatch.setattr(plan, "_GIB", 1 << 10)
-    nothing = SimpleNamespace(memory=aot.Memory(0, 0, 0, 0))
-    monkeypatch.setattr("runtime.programs.Programs._get", lambda self, program, *shape: nothing)
+    monkeypatch.setattr("runtime.programs.Programs._get", lambda self, program, *shape: NOTHING)
     ids = ["--token-ids", "7", "--max-new-tokens", 1000]
     alone = gib(run(capsys, tiny_shapes, *ids, "--devices", 1))
     out = run(capsys, tiny_shapes, *ids, "--devices", 8, "--preset", preset)
