@@ -4,25 +4,33 @@ Computes scores[t, s] = sum_j weights[t, j] * max(0, q[t, j] . keys[s]) in float
 8 neighbouring keys, by which `gpu_topk` finds the few units that it has to read. Schedule:
 
 - A program holds 64 queries with all their heads in shared memory (128 KiB) and walks a share of the key tiles.
-- Each of its three warpgroups takes tiles of 128 keys of its own: per head one wgmma m64n128k64, then relu and
-  multiply-add into 64 registers of scores. ptxas starts the next head's wgmma before that, and other warpgroups
-  fill what is left of the tensor cores' time.
-- Keys come permuted within groups of 32 so that a thread ends up with whole units: the maximum of a unit needs no
-  exchange between threads, and one exchange between neighbours makes every store write whole 32-byte sectors.
+- Each of its two warpgroups takes tiles of 128 keys of its own, two buffers each. A head's product is one wgmma
+  m64n128k64; while it runs, relu and multiply-add put the previous head's into 64 registers of scores.
+- The loop over heads stays a loop, of two heads so that they swap accumulators: 16 heads unrolled are 40 KB of
+  instructions, which come more slowly than they are executed.
+- Keys come permuted within groups of 32 so that neighbouring threads hold whole units: every store writes whole
+  32-byte sectors, and a unit's maximum takes one exchange between the two.
 - Tiles above the causal diagonal are not visited. On the diagonal nothing is masked: the reader knows what it may see.
 
-A query and key cost 2,048 operations: a 128K prefill 17.6 TFLOP a layer, 22 ms at 790 TFLOP/s. Reached: about 510
-TFLOP/s within `gpu_bits` (its time less that of the selection alone), 65%. What holds it there: two vector operations
-an element and head, half of the tensor cores' time if perfectly hidden, and 128 KiB of queries loaded by every program.
+A query and key cost 2,048 operations: a 128K prefill 17.6 TFLOP a layer, 22 ms at 790 TFLOP/s. Measured on one H200
+for 8,192 queries at the end of 128K tokens: 3.42 ms in bursts (623 TFLOP/s) and 3.85 ms without pause, where 690 W hold
+the clock at 1.6 to 1.75 GHz. The products alone, of all heads into one accumulator, take 2.55 and 2.85 ms, with the
+stores 2.84 and 3.16. The rest: two vector operations an element and head, half of all issue slots.
 
-Tried and lost: 4 warpgroups (128 registers: spills, half the speed); 16-byte stores 128 bytes apart, the natural way
-for a thread with 32 neighbouring keys (20% slower); starting all heads' products at once (ptxas serialises them). fp8
-products were not tried: they accumulate in fewer bits, and sets would differ.
+Tried and lost, ms in bursts, and without pause where it says so: all heads unrolled, three warpgroups 4.1 (4.5 without
+pause), two warpgroups with a product ahead 4.65 without pause; three warpgroups, one head an iteration 3.6, two 3.5,
+four 9.2; the next tile's first product during the stores 3.54; warpgroups that take turns, by barriers, at starting
+products 3.8 to 4.0; a head's four wgmma all started before its neighbour's sums 3.65; x + |x| for the maximum, in three
+warpgroups, 0.25 less or 0.4 more; generic stores and exchanged scores 0.04 more; 132 programs of 768 queries 1 to 3%
+less, without the last block that they leave part empty.
+
+fp8 products are not the same: wgmma adds them with errors up to 2^-9 of the sum of their sizes (bfloat16: 2^-21), and
+0.1 to 0.3 of a row's best 2,048 among 16,384 random keys became others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -44,6 +52,7 @@ UNIT = 8
 WIDTH = 64
 """Head size that the kernel multiplies; narrower heads are padded with zeros."""
 UNITS = TILE // UNIT
+BUFFERS = 2  # for key tiles, of each warpgroup
 QUAD = 4  # threads that share a row of a wgmma accumulator
 
 
@@ -51,19 +60,19 @@ QUAD = 4  # threads that share a row of a wgmma accumulator
 class Tuning:
     """Measured choices; no effect on results."""
 
-    warpgroups: int = 3
-    stages: int = 1
+    warpgroups: int = 2
     programs: int = 128
 
 
 def arrange(keys: jax.Array) -> jax.Array:
-    """[B, S, I] keys → [B, I, S], in the column order that gives each thread of a wgmma whole units.
+    """[B, S, I] keys → [B, I, S], in the column order that gives each pair of threads of a wgmma whole units.
 
-    In an accumulator, thread q of a quad holds columns 8i + 2q + b (b = 0, 1). Key 8q + 2i + b of a group of 32 goes
-    there, so that the thread has keys 8q..8q + 7.
+    In an accumulator, thread q of a quad holds columns 8i + 2q + b (b = 0, 1). Of a group of 32 keys, threads 2p and
+    2p + 1 get units 2p and 2p + 1, the even thread the first four keys of both, in order.
     """
     B, S, I = keys.shape  # noqa: E741
-    return keys.reshape(B, S // 32, QUAD, 4, 2, I).transpose(0, 5, 1, 3, 2, 4).reshape(B, I, S)
+    # Pair, unit, parity, high and low bit of the place → unit, high bit, pair, parity, low bit.
+    return keys.reshape(B, S // 32, 2, 2, 2, 2, 2, I).transpose(0, 7, 1, 3, 5, 2, 4, 6).reshape(B, I, S)
 
 
 def unit_at(position: jax.Array) -> jax.Array:
@@ -84,6 +93,11 @@ def _store(_: Any, scores: Any, out: ir.Value, maxima: ir.Value) -> None:
     def times(value: ir.Value, factor: int) -> ir.Value:
         return arith.muli(value, const(factor))
 
+    def start_of(ref: ir.Value, offset: ir.Value) -> ir.Value:
+        # Generic stores would have to find out first that this is not shared memory.
+        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
+        return mgpu.utils.getelementptr(pointer, [offset], f32)
+
     def store(base: ir.Value, offset: int, values: Sequence[ir.Value]) -> None:
         packed = vector.from_elements(ir.VectorType.get((len(values),), f32), values)
         llvm.store(packed, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
@@ -96,29 +110,25 @@ def _store(_: Any, scores: Any, out: ir.Value, maxima: ir.Value) -> None:
     quad, parity = arith.andi(lane, const(3)), arith.andi(lane, const(1))
     odd = arith.cmpi(arith.CmpIPredicate.eq, parity, const(1))
     pair = arith.addi(times(arith.andi(lane, const(2)), UNIT), times(parity, UNIT // 2))
-    scores_at = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [arith.addi(times(row, stride), pair)], f32)
-    maxima_at = mgpu.utils.getelementptr(
-        mgpu.utils.memref_ptr(maxima), [arith.addi(times(row, stride // UNIT), times(quad, UNITS // QUAD))], f32
-    )
+    scores_at = start_of(out, arith.addi(times(row, stride), pair))
+    maxima_at = start_of(maxima, arith.addi(times(row, stride // UNIT), times(quad, UNITS // QUAD)))
     for half in range(2):
         tops = []
         for group in range(TILE // 32):
-            own = [
-                vector.extract(registers[i, half], dynamic_position=[], static_position=[b])
-                for i in range(QUAD * group, QUAD * group + QUAD)
-                for b in range(2)
-            ]
-            top = own[0]
-            for value in own[1:]:
-                top = arith.maximumf(top, value)
-            tops.append(top)
-            # Neighbours swap halves of units, and then write one unit together, a sector at once.
-            other = [mgpu.utils.shfl_bfly(arith.select(odd, own[j], own[j + 4]), 1) for j in range(4)]
-            of_even = [arith.select(odd, other[j], own[j]) for j in range(4)]
-            of_odd = [arith.select(odd, own[j + 4], other[j]) for j in range(4)]
-            offset = half * 8 * stride + group * 32
-            store(scores_at, offset, of_even)
-            store(scores_at, offset + UNIT, of_odd)
+            parts = []
+            for unit in range(2):
+                own = [
+                    vector.extract(
+                        registers[QUAD * group + 2 * unit + i, half], dynamic_position=[], static_position=[b]
+                    )
+                    for i in range(2)
+                    for b in range(2)
+                ]
+                # Neighbours write a unit together, a sector at once.
+                store(scores_at, half * 8 * stride + group * 32 + unit * UNIT, own)
+                parts.append(reduce(arith.maximumf, own))
+            other = mgpu.utils.shfl_bfly(arith.select(odd, parts[0], parts[1]), 1)
+            tops.append(arith.maximumf(arith.select(odd, parts[1], parts[0]), other))
         store(maxima_at, half * 8 * (stride // UNIT), tops)
 
 
@@ -142,9 +152,11 @@ def _body(
     rows = pl.ds(own * QUERIES, QUERIES)
 
     def fetch(i: jax.Array) -> None:
-        slot = lax.rem(i, tuning.stages)
-        tile = keys.at[b, :, pl.ds((mine + i * step) * TILE, TILE)]
-        plgpu.copy_gmem_to_smem(tile, k_smem.at[wg, slot], k_ready.at[wg * tuning.stages + slot])
+        @pl.when(i < count)
+        def _load_keys() -> None:
+            slot = lax.rem(i, BUFFERS)
+            tile = keys.at[b, :, pl.ds((mine + i * step) * TILE, TILE)]
+            plgpu.copy_gmem_to_smem(tile, k_smem.at[wg, slot], k_ready.at[wg * BUFFERS + slot])
 
     @pl.when(wg == 0)
     def _load_queries() -> None:
@@ -152,30 +164,44 @@ def _body(
         for j in range(J):
             plgpu.copy_gmem_to_smem(q.at[b, pl.ds(c, QUERIES), j], q_smem.at[j], q_ready)
 
-    for i in range(tuning.stages):
-        pl.when(i < count)(partial(fetch, jnp.int32(i)))
+    fetch(jnp.int32(0))
     plgpu.barrier_wait(q_ready)
 
+    def pin(x: jax.Array) -> jax.Array:
+        return x if interpret else lax.optimization_barrier(x)
+
+    def add(scores: jax.Array, j: Any, x: jax.Array) -> jax.Array:
+        gate = w_smem[j] if interpret else compat.load(w_smem.at[j], plgpu.Layout.WGMMA.reduce(1))
+        return pin(scores + lax.broadcast_in_dim(gate, (QUERIES, TILE), [0]) * jnp.maximum(x, 0.0))
+
     def score_tile(i: jax.Array, _: None) -> None:
-        slot = lax.rem(i, tuning.stages)
-        plgpu.barrier_wait(k_ready.at[wg * tuning.stages + slot])
-        scores = jnp.zeros((QUERIES, TILE), jnp.float32)
-        if not interpret:
-            scores = plgpu.layout_cast(scores, plgpu.Layout.WGMMA)
-        for j in range(J):
+        slot = lax.rem(i, BUFFERS)
+        plgpu.barrier_wait(k_ready.at[wg * BUFFERS + slot])
 
-            def product(acc: Any, j: int = j) -> jax.Array:
+        def multiply(j: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
+            def product(acc: Any) -> tuple[jax.Array, Any]:
                 plgpu.wgmma(acc, q_smem.at[j], k_smem.at[wg, slot])
-                return acc[...]
+                done = meanwhile()
+                return pin(plgpu.wgmma_accumulator_load(acc)), done
 
-            x = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((QUERIES, TILE), jnp.float32))
-            if j == J - 1:
-                pl.when(i + tuning.stages < count)(partial(fetch, i + tuning.stages))
-            gate = w_smem[j] if interpret else compat.load(w_smem.at[j], plgpu.Layout.WGMMA.reduce(1))
-            scores += lax.broadcast_in_dim(gate, (QUERIES, TILE), [0]) * jnp.maximum(x, 0.0)
-            if not interpret:
-                # Without it all heads' products are started first, more than there are registers for.
-                scores = lax.optimization_barrier(scores)
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((QUERIES, TILE), jnp.float32))
+
+        def head(j: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            scores, before = carry
+            x, scores = multiply(j, partial(add, scores, j - 1, before))
+            return scores, x
+
+        def two_heads(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return head(2 * g + 2, head(2 * g + 1, carry))
+
+        zero = jnp.zeros((QUERIES, TILE), jnp.float32)
+        if not interpret:
+            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+        x, _ = multiply(0, partial(fetch, i + 1))  # into the buffer of the tile before, which is done with
+        carry = lax.fori_loop(0, (J - 1) // 2, two_heads, (zero, x))
+        scores, x = carry if J % 2 else head(J - 1, carry)
+        scores = add(scores, J - 1, x)
+
         tile = mine + i * step
         out_tile = out.at[rows, pl.ds(tile * TILE, TILE)]
         maxima_tile = maxima.at[rows, pl.ds(tile * UNITS, UNITS)]
@@ -223,7 +249,6 @@ def scores(
     S = keys.shape[2]
     splits = max(1, tuning.programs * QUERIES // rows)
     layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    stages = tuning.warpgroups * tuning.stages
     body = partial(
         _body,
         blocks=B * C // QUERIES,
@@ -241,9 +266,9 @@ def scores(
         scratch_types=(
             plgpu.SMEM((J, QUERIES, WIDTH), jnp.bfloat16, transforms=layout),
             plgpu.SMEM((J, QUERIES), jnp.float32),
-            plgpu.SMEM((tuning.warpgroups, tuning.stages, WIDTH, TILE), jnp.bfloat16, transforms=layout),
+            plgpu.SMEM((tuning.warpgroups, BUFFERS, WIDTH, TILE), jnp.bfloat16, transforms=layout),
             plgpu.Barrier(num_arrivals=J + 1),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=tuning.warpgroups * BUFFERS),
         ),
         grid=(rows // QUERIES, splits),
         grid_names=("block", "split"),

@@ -18,9 +18,7 @@ from kernels_pallas.index_select import gpu_bits, gpu_resident, gpu_score, gpu_t
 TOPK = gpu_threshold.Tuning(warps=1, groups=8, held=128, sample=64)
 """So small that a row of 2,048 keys takes every path: units listed or not, candidates that find room or do not."""
 RESIDENT = gpu_resident.Tuning(warps=1)
-TUNING = gpu_bits.Tuning(
-    rows=128, score=gpu_score.Tuning(warpgroups=2, stages=1, programs=1), resident=RESIDENT, topk=TOPK
-)
+TUNING = gpu_bits.Tuning(rows=128, score=gpu_score.Tuning(warpgroups=2, programs=1), resident=RESIDENT, topk=TOPK)
 ROWS, S, K = 64, 2048, 24
 
 
@@ -100,25 +98,27 @@ def test_rows(kind: str, start: int, resident: bool) -> None:
 
 
 def test_arranged_keys_and_units() -> None:
-    """Thread q of a quad holds columns 8i + 2q and 8i + 2q + 1 of each tile, and with them whole units."""
+    """Thread q of a quad holds columns 8i + 2q and 8i + 2q + 1 of each tile: with its neighbour two whole units."""
     keys = jnp.arange(256, dtype=jnp.int32).reshape(1, 256, 1)
     columns = np.asarray(gpu_score.arrange(keys))[0, 0].reshape(2, 16, 4, 2)  # tile, i, q, b
-    for tile, q, group in np.ndindex(2, 4, 4):
-        held = columns[tile, 4 * group : 4 * group + 4, q].ravel()
-        np.testing.assert_array_equal(held, 128 * tile + 32 * group + 8 * q + np.arange(8))
-        # The thread stores this unit's maximum as its `group`-th.
-        assert gpu_score.unit_at(jnp.int32(16 * tile + 4 * q + group)) == held[0] // 8
+    for tile, q, group, unit in np.ndindex(2, 4, 4, 2):
+        held = columns[tile, 4 * group + 2 * unit : 4 * group + 2 * unit + 2, q].ravel()
+        first = 128 * tile + 32 * group + 8 * (q // 2 * 2 + unit) + 4 * (q % 2)
+        np.testing.assert_array_equal(held, first + np.arange(4))
+        if unit == q % 2:  # the thread stores this unit's maximum as its `group`-th
+            assert gpu_score.unit_at(jnp.int32(16 * tile + 4 * q + group)) == first // 8
 
 
 @pytest.mark.parametrize(
-    ("dtype", "B", "C", "start"),
-    [(jnp.float8_e4m3fn, 2, 7, (120, 9)), (jnp.bfloat16, 1, 130, (50,))],
+    ("dtype", "B", "C", "J", "start"),
+    [(jnp.float8_e4m3fn, 2, 7, 4, (120, 9)), (jnp.bfloat16, 1, 130, 3, (50,))],
     ids=["fp8, two sequences", "bf16, a last call that is not full"],
 )
-def test_whole(dtype: jnp.dtype, B: int, C: int, start: tuple[int, ...]) -> None:
-    """Small integers, so that float32 sums are exact: padded chunks and heads, ragged starts, a layer that is not 0."""
+def test_whole(dtype: jnp.dtype, B: int, C: int, J: int, start: tuple[int, ...]) -> None:
+    """Small integers, so that float32 sums are exact: padded chunks and heads, ragged starts, a layer that is not 0, an
+    even and an odd number of heads."""
     rng = np.random.default_rng(0)
-    J, I, L, capacity = 2, 16, 2, 256  # noqa: E741
+    I, L, capacity = 16, 2, 256  # noqa: E741
 
     def integers(*shape: int) -> jax.Array:
         return jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
