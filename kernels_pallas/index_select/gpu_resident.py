@@ -1,36 +1,33 @@
 """Exact causal top-k of rows of scores, as bits, while everything that is compared stays in registers. Triton body, one
-program of 16 warps a row; rows that it cannot take are left, and marked, for `gpu_topk`.
+program of 8 warps a row; rows that it cannot take are left, and marked, for `gpu_topk`.
 
-Keys are taken in units of 8: 32 bytes of scores, one byte of the result. `gpu_score` left each unit's maximum. A row:
+Keys are taken in units of 8: 32 bytes of scores, one byte of the result. `gpu_units` lists the units among which the k
+best keys are, k to 1.1 k of them, and a bound of the scores. A row:
 
-1. Read all maxima. Count how many reach a bound until k to 1.25 k do: every one of the k best keys is in such a unit or
-   in the last one. Nothing is sampled or guessed; halving the distance takes one to six counts.
-2. List those units, a lane its own ones in turn: one prefix sum over the lanes.
-3. Gather their scores, two loads of 16 bytes a unit: the only scattered reads, and the only ones of scores.
-4. Find the k-th score by counting, and where scores equal it the index below which they are taken.
-5. Write a byte for each listed unit over a cleared row.
+1. Gather the listed units' scores, two loads of 16 bytes a unit: the only scattered reads, and the only ones of scores.
+   Scores below the bound are struck out.
+2. Find the k-th score by counting at two bounds at a time, the first two where an exponential tail would have it; and
+   where scores equal it the index below which they are taken.
+3. Write a byte for each listed unit over a cleared row.
 
-A row is left where its list is too short: where more than a quarter of k units tie with the k-th.
+A row is left where its list is too short: where more than a tenth of k units tie with the k-th.
 
-Measured on one H200, 1,024 rows, in us a row (scores of neighbouring rows and keys alike; independent ones: 0.33 at
-128K), beside `gpu_topk` alone:
+Measured on one H200, 1,024 rows, in ns a row, lists included (scores of neighbouring rows and keys alike), beside the
+one kernel that did all of it before, with one row a processor, in the same run:
 
-| context | 40K | 64K | 128K |
-|---|---|---|---|
-| this | 0.23 | 0.25 | 0.25 |
-| of it steps 1, 2, 3 | 0.04, 0.03, 0.08 | 0.04, 0.07, 0.06 | 0.05, 0.04, 0.12 |
-| `gpu_topk` | | 0.36 | 0.45 |
+| context | 8K | 16K | 32K | 64K | 128K |
+|---|---|---|---|---|---|
+| this | 120 | 131 | 146 | 154 | 165 |
+| of it `gpu_units` | 36 | 40 | 59 | 45 | 54 |
+| one kernel | 175 | 203 | 242 | 270 | 275 |
 
-Bytes a row of 128K keys: 64 KiB of maxima, 2,100 sectors of 32 bytes in as many lines of 128, 16 KiB of result: 0.03 to
-0.08 us at 4.2 TB/s, by what the memory fetches for a sector. Held by one row a processor: it has 128 registers a thread
-and the next row's loads wait until they are free.
-
-The price is the compiler's time: every score is an instruction of the program, 20 to 60 s at 128K to 256K.
+Bytes a row of 128K keys: 64 KiB of maxima, 2,100 sectors of 32 bytes in as many lines of 128, 16 KiB of result: 30 to
+80 ns at 4.2 TB/s, by what the memory fetches for a sector. Two rows share a processor as long as the compiler finds 128
+registers a thread enough, which the order of a few instructions decides. Look before changing any.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,9 +36,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_score import QUERIES, UNIT, unit_at
-from kernels_pallas.index_select.gpu_threshold import clear, iota, ones, put, take_all
-from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, score_of, sort_key
+from kernels_pallas.index_select import gpu_units
+from kernels_pallas.index_select.gpu_score import UNIT, UNITS
+from kernels_pallas.index_select.gpu_search import search
+from kernels_pallas.index_select.gpu_threshold import clear, iota, ones, place_of, put, take_all
+from kernels_pallas.index_select.sort_keys import score_of, sort_key
 
 HALF = UNIT // 2
 """Scores that a thread loads at once: 16 bytes."""
@@ -51,19 +50,18 @@ HALF = UNIT // 2
 class Tuning:
     """Measured choices; no effect on results."""
 
-    warps: int = 16
-    spare: int = 4
-    """One part in so many more units than k may be listed."""
-    most: int = 64
-    """Maxima a lane can hold: rows of more keys are left."""
+    warps: int = 8
+    spare: int = 16
+    """One part in so many more units than k have room in the list at least."""
+    units: gpu_units.Tuning = field(default_factory=gpu_units.Tuning)
 
     @property
     def lanes(self) -> int:
         return 32 * self.warps
 
     def room(self, topk: int) -> int:
-        """Units that a list holds; the last one the query sees is always in it."""
-        return -(-(topk + topk // self.spare + 1) // self.lanes) * self.lanes
+        """Units that a list holds: those of the last tile are always in it."""
+        return -(-(topk + topk // self.spare + UNITS) // self.lanes) * self.lanes
 
 
 def select_rows(
@@ -83,164 +81,155 @@ def select_rows(
         `bits`, and [rows] int32, which is not zero for the rows that are left.
     """
     rows, width = maxima.shape
-    if width > tuning.most * tuning.lanes:
+    if width > tuning.units.most * tuning.units.lanes:
         return bits, jnp.ones(rows, jnp.int32)
+    total_rows, room = bits.shape[0], tuning.room(topk)
+    units, sizes, bounds = gpu_units.list_rows(
+        maxima, start, first, total_rows, chunk, topk, room, tuning.units, interpret
+    )
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    bits, left, _ = pl.pallas_call(
+    bits = pl.pallas_call(
         partial(_body, chunk=chunk, topk=topk, tuning=tuning, interpret=interpret),
-        out_shape=(
-            jax.ShapeDtypeStruct(bits.shape, bits.dtype),
-            jax.ShapeDtypeStruct((rows, 1), jnp.int32),
-            jax.ShapeDtypeStruct((rows, tuning.room(topk)), jnp.int32),
-        ),
+        out_shape=jax.ShapeDtypeStruct(bits.shape, bits.dtype),
         grid=(rows,),
-        in_specs=[anywhere] * 5,
-        out_specs=(anywhere,) * 3,
-        input_output_aliases={4: 0},
+        in_specs=[anywhere] * 7,
+        out_specs=anywhere,
+        input_output_aliases={6: 0},
         compiler_params=plt.CompilerParams(num_warps=tuning.warps, num_stages=1),
         interpret=interpret,
         name="index_select_resident",
-    )(first, start, scores, maxima, bits)
-    return bits, left[:, 0]
+    )(first, start, units, sizes, bounds, scores, bits)
+    return bits, ones(sizes[:, 0] == gpu_units.LEFT)
 
 
 def _body(
-    first: Any, start: Any, scores: Any, maxima: Any, _: Any, bits: Any, left: Any, units: Any,
+    first: Any, start: Any, units: Any, sizes: Any, bounds: Any, scores: Any, _: Any, bits: Any,
     *, chunk: int, topk: int, tuning: Tuning, interpret: bool,
 ) -> None:  # fmt: skip
     r = pl.program_id(0)
-    row = first[0] * QUERIES + r
     rows, width = bits.shape
     lanes, capacity = tuning.lanes, width * UNIT
+    row, seen = place_of(start, first, r, rows, chunk, capacity)
+    size, least = sizes[r, 0], bounds[r, 0]
     lane = iota(lanes)
 
-    def barrier() -> None:
+    def empty() -> None:
+        clear(bits, row, lanes)
         if not interpret:
             plt.debug_barrier()
 
-    def select() -> None:
-        # Rows that only fill a block up may lie past the end of the sequence.
-        seen = jnp.minimum(start[lax.div(row, chunk)] + lax.rem(row, chunk) + 1, capacity)
-        clear(bits, row, lanes)
-        barrier()
-        pl.when(seen <= topk)(partial(take, seen))
-        pl.when(seen > topk)(partial(find, seen))
-
-    def mark(is_left: jax.Array | bool) -> None:
-        put(left, r, lane, jnp.broadcast_to(jnp.int32(is_left), lane.shape), lane == 0)
-
-    def take(seen: jax.Array) -> None:
+    def take() -> None:
+        empty()
         take_all(bits, row, seen, lanes)
-        mark(False)
 
-    def find(seen: jax.Array) -> None:
-        last = lax.div(seen - 1, UNIT)  # a unit with keys, perhaps, that the query does not see
-        room = tuning.room(topk)
-        places = [j * lanes + lane for j in range(-(-width // lanes))]
-        known = [(place < width) & (unit_at(place) < last) for place in places]
-        tops = [
-            jnp.where(real, sort_key(plt.load(maxima.at[r, place], mask=real, other=0.0)), LOWEST)
-            for place, real in zip(places, known, strict=True)
-        ]
-        floor, reached, _ = _bracket(tops, _lowest(tops), last, topk, room - 1)
-        # So few units bound nothing, and all of them fit.
-        floor = jnp.where(last < room, jnp.int32(LOWEST + 1), floor)
-        pl.when(reached < room)(partial(among_listed, seen, last, places, tops, floor, reached))
-        mark(reached >= room)
-
-    def among_listed(
-        seen: jax.Array, last: jax.Array, places: list[Any], tops: list[Any], floor: jax.Array, listed: jax.Array
-    ) -> None:
-        keep = [top >= floor for top in tops]
-        kept = sum(ones(k) for k in keep)
-        at = jnp.cumsum(kept) - kept
-        for place, k in zip(places, keep, strict=True):
-            put(units, r, at, unit_at(place), k)
-            at += ones(k)
-        put(units, r, jnp.broadcast_to(listed, lane.shape), jnp.broadcast_to(last, lane.shape), lane == 0)
-        barrier()
+    def find() -> None:
         slots = [j * lanes + lane for j in range(tuning.room(topk) // lanes)]
-        inside = [slot <= listed for slot in slots]
-        own = [plt.load(units.at[r, slot], mask=m, other=0) for slot, m in zip(slots, inside, strict=True)]
+        own = [plt.load(units.at[r, slot], mask=slot < size, other=-1) for slot in slots]
         # [lanes, 4] twice a unit: so a thread has whole units, and sums over them are its own.
-        index = [unit[:, None] * UNIT + part * HALF + iota(HALF)[None] for unit in own for part in range(2)]
-        keys = []
-        for number, i in enumerate(index):
-            real = inside[number // 2][:, None] & (i < seen)
-            keys.append(jnp.where(real, sort_key(plt.load(scores.at[r, i], mask=real, other=0.0)), LOWEST))
-        low = jnp.maximum(_lowest(keys), floor)
-        kth, reach, above = _bracket(keys, low, _count(keys, low), topk, topk)
-        tied = reach != topk
+        pieces = [(unit, part * HALF + iota(HALF)[None]) for unit in own for part in range(2)]
+        # No masks: with masks that differ within a vector Triton loads single scores.
+        numbers = [plt.load(scores.at[r, jnp.maximum(unit, 0)[:, None] * UNIT + bit]) for unit, bit in pieces]
+        empty()
+        known = [jnp.where(unit >= 0, seen - unit * UNIT, 0)[:, None] for unit in own]
+        values, found = [], (jnp.inf, -jnp.inf, 0.0, 0)
+        for j, ((_, bit), x) in enumerate(zip(pieces, numbers, strict=True)):
+            values.append(_strike_out(x, bit, known[j // 2], least, interpret))
+            found = _measure(found, values[-1])
+        low, high, n, guess = _expect(found, topk)
+        key, reach, above = search(partial(_count_two, values, interpret), low, high, n, topk, 0, guess)
+        kth = score_of(key)
+        more, equal = _bytes(pieces, [x > kth for x in values]), _bytes(pieces, [x == kth for x in values])
 
-        def fix_bit(i: jax.Array, cut: jax.Array) -> jax.Array:
-            candidate = cut + lax.shift_right_logical(jnp.int32(1 << (capacity.bit_length() - 1)), i)
-            equal = [ones((key == kth) & (place < candidate)) for key, place in zip(keys, index, strict=True)]
-            return jnp.where(jnp.sum(sum(equal)) <= topk - above, candidate, cut)
+        def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = state
+            middle = lax.div(low + high, 2)
+            taken = [lax.population_count(e & _before(unit, middle)) for unit, e in zip(own, equal, strict=True)]
+            fits = jnp.sum(sum(taken)) <= topk - above
+            return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
         # Largest cut with at most the wanted ties below it, as in the reference; everything where all are wanted.
-        steps = jnp.where(tied, jnp.int32(capacity.bit_length()), jnp.int32(0))
-        cut = lax.fori_loop(0, steps, fix_bit, jnp.where(tied, jnp.int32(0), jnp.int32(capacity)))
-        for j, unit in enumerate(own):
-            byte = jnp.zeros_like(unit)
-            for part in range(2):
-                key, place = keys[2 * j + part], index[2 * j + part]
-                take = ones((key > kth) | ((key == kth) & (place < cut)))
-                bit = jnp.broadcast_to(part * HALF + iota(HALF)[None], take.shape)
-                byte += jnp.sum(lax.shift_left(take, bit), axis=1)
-            put(bits, row, unit, byte.astype(jnp.uint8), inside[j])
+        low = jnp.where(reach != topk, jnp.int32(0), jnp.int32(capacity))
+        cut, _ = lax.while_loop(lambda state: state[1] - state[0] > 1, halve, (low, jnp.int32(capacity + 1)))
+        for unit, m, e in zip(own, more, equal, strict=True):
+            put(bits, row, unit, (m | (e & _before(unit, cut))).astype(jnp.uint8), unit >= 0)
 
-    pl.when(row < rows)(select)
-    pl.when(row >= rows)(partial(mark, False))
+    pl.when((seen > 0) & (seen <= topk))(take)
+    pl.when(size > 0)(find)
 
 
-def _count(keys: Sequence[jax.Array], least: jax.Array) -> jax.Array:
-    """How many of all keys are at least that."""
-    return jnp.sum(sum(ones(key >= least) for key in keys))
+def _strike_out(x: jax.Array, bit: jax.Array, known: jax.Array, least: jax.Array, interpret: bool) -> jax.Array:
+    """NaN in the place of scores below a bound and of those that are not among a unit's `known` first."""
+    bit, known, least = (jnp.broadcast_to(a, x.shape) for a in (bit, known, least))
+    if interpret:
+        return jnp.where((bit < known) & (x >= least), x, jnp.nan)
+    return _assembled(
+        "{.reg .pred p; setp.lt.s32 p, $2, $3; setp.ge.and.f32 p, $1, $4, p; selp.f32 $0, $1, 0f7FC00000, p;}",
+        "=f,0,r,r,f",
+        *(x, bit, known, least),
+    )
 
 
-def _lowest(keys: Sequence[jax.Array]) -> jax.Array:
-    return jnp.min(reduce(jnp.minimum, [jnp.where(key > LOWEST, key, HIGHEST) for key in keys]))
+def _measure(found: tuple[Any, ...], x: jax.Array) -> tuple[Any, ...]:
+    """Each lane's smallest and largest value, sum and number of values (NaN: none), with those of x."""
+    least, most, total, n = found
+    real = x == x
+    return (
+        jnp.minimum(least, jnp.min(jnp.where(real, x, jnp.inf), axis=1)),
+        jnp.maximum(most, jnp.max(jnp.where(real, x, -jnp.inf), axis=1)),
+        total + jnp.sum(jnp.where(real, x, 0.0), axis=1),
+        n + jnp.sum(ones(real), axis=1),
+    )
 
 
-def _bracket(
-    keys: Sequence[jax.Array], low: jax.Array, from_low: jax.Array, k: int, most: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A bound that k to `most` keys reach.
+def _expect(found: tuple[Any, ...], k: int) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Sort keys of the smallest and the largest value, how many there are, and two bounds beside the k-th largest if
+    values thin out exponentially."""
+    least, most, total, n = found
+    bottom = jnp.min(least)
+    low, high, n = sort_key(bottom), sort_key(jnp.max(most)), jnp.sum(n)
+    size = n.astype(jnp.float32)
+    excess = jnp.sum(total) / size - bottom
+    middle = bottom + excess * jnp.log(size / k)
+    return low, high, n, (middle - 0.1 * excess, middle + 0.1 * excess)
 
-    Args:
-        keys: arrays of int32 sort keys.
-        low: a bound that `from_low` keys reach, at least k or all there are.
 
-    Returns:
-        The bound; how many keys reach it, more than `most` only if that many are equal to the k-th; how many reach the
-        next larger bound, where they are equal.
+def _count_two(values: list[Any], interpret: bool, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many values reach two bounds, as `gpu_search.search` wants it."""
+    both = jnp.zeros(values[0].shape, jnp.int32)
+    low, high = (jnp.broadcast_to(score_of(key), both.shape) for key in (p, q))
+    for x in values:
+        if interpret:
+            both += jnp.where(x >= low, 1, 0) + jnp.where(x >= high, 1 << 16, 0)
+        else:
+            both = _assembled(
+                "{.reg .pred p, q; setp.ge.f32 p, $2, $3; setp.ge.f32 q, $2, $4;"
+                " @p add.s32 $0, $0, 1; @q add.s32 $0, $0, 65536;}",
+                "=r,0,f,f,f",
+                *(both, x, low, high),
+            )
+    both = jnp.sum(both)
+    return both & 0xFFFF, both >> 16
+
+
+def _assembled(code: str, constraints: str, *args: jax.Array) -> jax.Array:
+    """Instructions for each element, with a result of the kind of the first argument.
+
+    In this order and with no more registers than these: the compiler would rather have more conditions and summands
+    at a time than two rows a processor.
     """
-    aim = (k + most) // 2
+    shape = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+    return plt.elementwise_inline_asm(code, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
 
-    def wide(state: tuple[jax.Array, ...]) -> jax.Array:
-        low, high, from_low, *_ = state
-        return (from_low > most) & (high - 1 > low)
 
-    def narrow(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, from_low, from_high, turn = state
-        # By turns where the counts suggest and in the middle, of scores or, which bounds the number of turns, of keys.
-        share = (from_low - aim).astype(jnp.float32) / (from_low - from_high).astype(jnp.float32)
-        share = jnp.where(turn & 1 == 0, share, 0.5)
-        bottom, top = score_of(low), score_of(high - 1)
-        middle = (low & high) + lax.shift_right_arithmetic(low ^ high, 1)
-        at = jnp.where(turn & 3 == 3, middle, sort_key(bottom + (top - bottom) * share))
-        at = jnp.clip(at, low + 1, high - 1)
-        total = _count(keys, at)
-        enough = total >= k
-        return (
-            jnp.where(enough, at, low),
-            jnp.where(enough, high, at),
-            jnp.where(enough, total, from_low),
-            jnp.where(enough, from_high, total),
-            turn + 1,
-        )
+def _bytes(pieces: list[Any], masks: list[Any]) -> list[Any]:
+    """Masks of half units → a bit for each key of a unit."""
+    parts = [
+        jnp.sum(jnp.where(mask, lax.shift_left(jnp.int32(1), bit), 0), axis=1)
+        for (_, bit), mask in zip(pieces, masks, strict=True)
+    ]
+    return [parts[j] + parts[j + 1] for j in range(0, len(parts), 2)]
 
-    high = jnp.max(reduce(jnp.maximum, keys)) + 1
-    state = (low, high, from_low, jnp.int32(0), jnp.int32(0))
-    low, _, from_low, from_high, _ = lax.while_loop(wide, narrow, state)
-    return low, from_low, from_high
+
+def _before(unit: jax.Array, cut: jax.Array) -> jax.Array:
+    """The bits of a unit's keys whose index is below `cut`."""
+    return lax.shift_left(jnp.ones_like(unit), jnp.clip(cut - unit * UNIT, 0, UNIT)) - 1

@@ -65,12 +65,16 @@ def normal_quantile(key: jax.Array, n: jax.Array, topk: int) -> tuple[jax.Array,
     x = jnp.where(key == LOWEST, 0.0, score_of(key))
     mean = jnp.sum(x) / count
     deviation = jnp.sqrt(jnp.maximum(jnp.sum(x * x) / count - mean * mean, 0.0))
-    # Hastings' approximation of the quantile (Abramowitz & Stegun 26.2.23), for the smaller of the two tails.
-    share = topk / count
+    middle = mean + deviation * upper_quantile(topk / count)
+    return middle - 0.08 * deviation, middle + 0.08 * deviation
+
+
+def upper_quantile(share: jax.Array) -> jax.Array:
+    """What a share (0 to 1, neither included) of a standard normal distribution exceeds."""
+    # Hastings' approximation (Abramowitz & Stegun 26.2.23), for the smaller of the two tails.
     t = jnp.sqrt(-2.0 * jnp.log(jnp.minimum(share, 1.0 - share)))
     z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
-    middle = mean + deviation * jnp.where(share > 0.5, -z, z)
-    return middle - 0.08 * deviation, middle + 0.08 * deviation
+    return jnp.where(share > 0.5, -z, z)
 
 
 def count_two(key: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:

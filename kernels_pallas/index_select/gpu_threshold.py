@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_score import UNIT, UNITS
+from kernels_pallas.index_select.gpu_score import QUERIES, UNIT, UNITS
 from kernels_pallas.index_select.sort_keys import HIGHEST, LOWEST, sort_key
 
 MINUS_INFINITY = -0x7F800001
@@ -59,6 +59,18 @@ def put(ref: Any, row: jax.Array, column: jax.Array, value: jax.Array, mask: jax
     """Stores where `mask`."""
     # In interpret mode masked-off elements write back what they read, unless they point past the end.
     plt.store(ref.at[row, jnp.where(mask, column, ref.shape[1])], value, mask=mask)
+
+
+def place_of(start: Any, first: Any, r: jax.Array, rows: int, chunk: int, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Row r of those that begin at block `first` → its number among all `rows`, and how many keys it sees.
+
+    Of a row past the end, which only fills a block up: 0.
+    """
+    row = first[0] * QUERIES + r
+    inside = jnp.minimum(row, rows - 1)
+    # A chunk's last rows may lie past the end of the sequence.
+    seen = jnp.minimum(start[lax.div(inside, chunk)] + lax.rem(inside, chunk) + 1, capacity)
+    return row, jnp.where(row < rows, seen, 0)
 
 
 def steps_of(total: jax.Array, size: int) -> jax.Array:

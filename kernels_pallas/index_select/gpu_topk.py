@@ -43,7 +43,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, UNITS, unit_at
+from kernels_pallas.index_select.gpu_score import TILE, UNIT, UNITS, unit_at
 from kernels_pallas.index_select.gpu_threshold import (
     MINUS_INFINITY,
     Tuning,
@@ -51,6 +51,7 @@ from kernels_pallas.index_select.gpu_threshold import (
     guess,
     iota,
     ones,
+    place_of,
     put,
     search,
     steps_of,
@@ -145,12 +146,10 @@ def _body(
     chunk: int, topk: int, tuning: Tuning, interpret: bool,
 ) -> None:  # fmt: skip
     r = pl.program_id(0)
-    row = first[0] * QUERIES + r
     rows, width = bits.shape
+    row, seen = place_of(start, first, r, rows, chunk, width * UNIT)
 
     def select() -> None:
-        # Rows that only fill a block up may lie past the end of the sequence.
-        seen = jnp.minimum(start[lax.div(row, chunk)] + lax.rem(row, chunk) + 1, width * UNIT)
         clear(bits, row, tuning.lanes)
         barrier()
         pl.when(seen <= topk)(partial(take_all, bits, row, seen, tuning.lanes))
@@ -160,7 +159,7 @@ def _body(
         if not interpret:
             plt.debug_barrier()
 
-    pl.when((row < rows) & (wanted[r] != 0))(select)
+    pl.when((seen > 0) & (wanted[r] != 0))(select)
 
 
 class _Row:

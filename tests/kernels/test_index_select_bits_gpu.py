@@ -13,11 +13,19 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name in JAX 0.10.2
 
 from kernels_pallas.common import pack_bits
-from kernels_pallas.index_select import gpu_bits, gpu_resident, gpu_score, gpu_threshold, gpu_topk, reference
+from kernels_pallas.index_select import (
+    gpu_bits,
+    gpu_resident,
+    gpu_score,
+    gpu_threshold,
+    gpu_topk,
+    gpu_units,
+    reference,
+)
 
 TOPK = gpu_threshold.Tuning(warps=1, groups=8, held=128, sample=64)
 """So small that a row of 2,048 keys takes every path: units listed or not, candidates that find room or do not."""
-RESIDENT = gpu_resident.Tuning(warps=1)
+RESIDENT = gpu_resident.Tuning(warps=1, units=gpu_units.Tuning(warps=1))
 TUNING = gpu_bits.Tuning(rows=128, score=gpu_score.Tuning(warpgroups=2, programs=1), resident=RESIDENT, topk=TOPK)
 ROWS, S, K = 64, 2048, 24
 
@@ -95,6 +103,17 @@ def test_rows(kind: str, start: int, resident: bool) -> None:
     np.testing.assert_array_equal(actual, expected)
     if resident and (kind not in TIED or start == 0):
         assert not left.any()
+
+
+def test_rows_of_too_many_keys_are_left() -> None:
+    """A lane holds so many maxima: what has more is marked for `gpu_topk`, and not touched."""
+    few = gpu_resident.Tuning(warps=1, units=gpu_units.Tuning(warps=1, most=S // 8 // 32 - 1))
+    bits = jnp.full((ROWS, S // 8), 0xA5, jnp.uint8)
+    scores, maxima = jnp.zeros((ROWS, S)), jnp.zeros((ROWS, S // 8))
+    zero = jnp.zeros(1, jnp.int32)
+    actual, left = gpu_resident.select_rows(scores, maxima, bits, zero, zero, ROWS, K, few, interpret=True)
+    np.testing.assert_array_equal(actual, bits)
+    assert left.all()
 
 
 def test_arranged_keys_and_units() -> None:
