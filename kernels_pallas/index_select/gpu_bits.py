@@ -4,10 +4,11 @@
 exist for more than `rows` queries (512 MiB at 128K). `gpu_resident` (Triton) selects from them, and `gpu_topk` for the
 rows that it leaves. Keys are converted once a call: e4m3 times a power of two is exact in bfloat16.
 
-One H200, 8,192 queries at the end of 128K tokens, 16 heads of 64, top 2,048, fp8 keys: 6.44 ms on independent random
-scores (floor: 2.69 ms of products at 790 TFLOP/s); in the last chunk of a real prompt 3.96 ms of scoring and 2.24 ms of
-selection a layer. Blocks of 512 instead of 1,024 queries cost 6-10% (the steps of a row wait for memory, more rows at a
-time hide it), blocks of 640 25% (12.8 of them, and key tiles that divide badly over the processors).
+One H200, 8,192 queries at the end of 128K tokens, 16 heads of 64, top 2,048, fp8 keys: 4.81 ms on independent random
+scores (floor: 2.69 ms of products at 790 TFLOP/s); in the last chunk of a real prompt 3.28 ms of scoring and 1.30 ms of
+selection a layer. With the kernels before these, blocks of 512 instead of 1,024 queries cost 6-10% (the steps of a row
+wait for memory, more rows at a time hide it), blocks of 640 25% (12.8 of them, and key tiles that divide badly over the
+processors).
 """
 
 from dataclasses import dataclass, field
