@@ -92,6 +92,7 @@ def test_every_question_gets_the_logits_of_the_library_asked_alone(params: Any, 
         np.testing.assert_allclose(logits[:, own], alone, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_sparse_attention_is_another_model_than_dense_and_warm_up_is_the_dense_one(params: Any):
     dense, warm, sparse = (compiled(params, inputs(), CONFIG, mode) for mode in ("dense", "warm-up", "sparse"))
     # Written differently; float32 rounding is all that differs.

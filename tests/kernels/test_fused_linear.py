@@ -47,6 +47,7 @@ def test_hopper_residual() -> None:
     np.testing.assert_array_equal(out, reference.fused_linear(x, w, b, r))
 
 
+@pytest.mark.slow
 def test_hopper_mlp_of_a_ragged_width() -> None:
     x, r = integers(0, 64, 64, scale=0.25), integers(1, 64, 128, scale=0.25)
     fc1, fc2 = (integers(2, 64, 80, scale=0.25), integers(3, 80)), (integers(4, 80, 128, scale=0.25), integers(5, 128))

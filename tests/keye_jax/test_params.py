@@ -103,6 +103,7 @@ def test_random_weights_have_the_declared_shapes_and_dtypes():
             assert (array.shape, array.dtype) == (struct.shape, struct.dtype)
 
 
+@pytest.mark.slow
 def test_random_weights_follow_their_declared_distribution():
     made = jax.jit(lambda key: init_params(TINY, key))(jax.random.key(0))
     specs = dict(flatten(param_specs(TINY)))

@@ -134,6 +134,7 @@ def arrays(bundle: Bundle) -> list[tuple[str, StoredArray]]:
     return [stored for group in bundle.groups.values() for stored in group.arrays.items()]
 
 
+@pytest.mark.slow
 def test_every_mesh_gets_the_same_values_and_reads_nothing_twice(golden_bundle):
     found = outcome(start(EVERY_MESH, golden_bundle, devices=8))
     assert len(found) == 8

@@ -57,6 +57,7 @@ def compiled(program: str, preset: str) -> tuple[list[Collective], int]:
     return collectives(text or ""), min(shares)
 
 
+@pytest.mark.slow
 def test_the_model_here_can_tell_weights_and_caches_from_activations() -> None:
     config = KeyeConfig.from_hf(CONFIG, indexer_dtype="float32").text
     for preset in ("context", "expert"):

@@ -55,6 +55,7 @@ def test_a_plan_lists_media_tokens_graphs_and_memory(tiny_bundle: Path, capsys: 
     assert "it fits" in out
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_tokens_that_generation_counts(
     golden_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_long_video_is_planned_from_its_index(
     assert 400 * 64 < tokens < 32768
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["context", "expert"])
 def test_each_device_is_planned_with_its_share(
     tiny_shapes: Path, preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -158,6 +158,7 @@ def test_the_command_in_the_error_mends_a_damaged_graph(bare: Path, monkeypatch:
     assert Programs(Bundle.open(bare)).vision(256).key == VISION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [{"num_hidden_layers": 2}, {"vision_config": {"hidden_size": 48}}], ids=["text", "vision"]
 )
