@@ -15,7 +15,8 @@ from keye_jax import KeyeConfig, KeyeVL
 from keye_jax.cache import CAPACITY_STEP, Cache, init_cache
 from keye_jax.decoder import decoder_layer, embed, rope_tables
 from keye_jax.graphs import Chunk
-from keye_jax.ops import rms_norm
+from keye_jax.layers import weights_of
+from keye_jax.ops import Quantized, rms_norm
 from runtime.bundle import Bundle
 from runtime.processor import Prompt
 
@@ -69,18 +70,22 @@ def index_recall(model: KeyeVL, prompt: Prompt) -> np.ndarray:
     """How much of dense attention falls on the keys that the indexer selects: [L], averaged over heads and tokens.
 
     The definition is that of training (`examples.train_tiny.attention.recall`): the layers attend to everything, and
-    the selection that each would have made is held against its attention. Takes [T, T] float32 arrays for T tokens, and
-    a model whose weights are floats.
+    the selection that each would have made is held against its attention. Takes [T, T] float32 arrays for T tokens.
     """
     size = -(-len(prompt.token_ids) // 512) * 512
     (chunk,) = chunks(model, prompt, size)
     return np.asarray(_index_recall(model.arrays()["text"], chunk, model.config))
 
 
+def _widened(w: jax.Array | Quantized, dtype: Any) -> jax.Array:
+    """Weights [D, H, K] as numbers of `dtype`."""
+    return (w.values.astype(jnp.float32) * w.scale).astype(dtype) if isinstance(w, Quantized) else w
+
+
 @partial(jax.jit, static_argnames="config")
 def _index_recall(text: dict[str, Any], chunk: Chunk, config: KeyeConfig) -> jax.Array:
     h = embed(text, chunk["tokens"], chunk["vision_rows"], chunk["is_vision"])
-    T, layers, valid = h.shape[1], text["layers"], chunk["valid"]
+    T, layers, valid = h.shape[1], weights_of(text["layers"]), chunk["valid"]
     tables = rope_tables(chunk["positions"], config, h.dtype)
     visible = jnp.tril(jnp.ones((1, T, T), bool))
     counted = jnp.arange(T) < valid[0]
@@ -88,7 +93,9 @@ def _index_recall(text: dict[str, Any], chunk: Chunk, config: KeyeConfig) -> jax
     def body(layer: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         h, cache, found = carry
         a = rms_norm(h, layers["input_layernorm"][layer], config.text.rms_norm_eps)
-        q, k = queries_and_keys(jax.tree.map(lambda w: w[layer], layers["attn"]), a, tables[0], config)
+        attn = jax.tree.map(lambda w: w[layer], layers["attn"])
+        wide = {name: _widened(attn[name], h.dtype) for name in ("q_proj", "k_proj")}
+        q, k = queries_and_keys({**attn, **wide}, a, tables[0], config)
         share = probabilities(q, k, visible).mean(axis=2)
         _, _, selected = selected_by(layers, layer, h, cache, (tables, valid, config))
         each = recall(share, selected[..., :T])[0]

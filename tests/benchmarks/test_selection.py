@@ -131,6 +131,7 @@ def test_the_table_has_a_row_for_every_variant(
     assert "top-24" in sparse["figures"]["attention paths"][0]
     assert 0 < sparse["index_recall"]["mean"] < 1
     assert small_weights["weights"] == "int8"
+    assert small_weights["index_recall"]["mean"] == pytest.approx(sparse["index_recall"]["mean"], abs=0.02)
     assert "mIoU" in small_weights["figures"]
     assert capsys.readouterr().out.count("| ") == 5 * 7
 
