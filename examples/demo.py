@@ -43,6 +43,7 @@ def demo(checkpoint: Path, folder: Path, clip: int = 0) -> Path:
 
     Raises:
         InputError: the checkpoint cannot be converted or run.
+        GenerationError: the answer could not be computed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "bundle", ignore_errors=True)

@@ -35,8 +35,7 @@ def select_bits(
         idx_k: [L, B, S, I] index-key cache of all layers, same dtype; S a multiple of 32.
         key_scale: [L, B, S] float32 powers of two, or None where keys are not quantised.
         layer: which layer's cache, int32 scalar.
-        start: [B] int32, sequence index of the first query of each row. A query before the first key sees none, one
-            behind the last sees all: a device of several holds a part of the keys.
+        start: [B] int32, sequence index of the first query of each row.
         topk: how many keys a query attends to.
 
     Returns:
@@ -63,7 +62,8 @@ def select_ids(
 ) -> jax.Array:
     """Selected keys of one query per sequence (C = 1), as ascending ids.
 
-    Arguments as in `select_bits`. Returns [B, min(topk, S)] int32, unused slots at the end are -1.
+    Arguments as in `select_bits`. A query may lie before the first key and see none, or behind the last and see all: a
+    device of several holds a part of the keys. Returns [B, min(topk, S)] int32, unused slots at the end are -1.
     """
     _check(idx_q, weights, idx_k, key_scale, topk)
     if idx_q.shape[1] != 1:
