@@ -37,7 +37,7 @@ def _normal(seed: int, *shapes: tuple[int, ...]) -> Iterator[jax.Array]:
 
 
 @lru_cache
-def _grouped(out_dtype: Any) -> Callable[..., Any]:
+def grouped(out_dtype: Any) -> Callable[..., Any]:
     return lambda x, w, layer, sizes, *scale: grouped_matmul.grouped_matmul(x, w, layer, sizes, out_dtype, *scale)
 
 
@@ -50,7 +50,7 @@ def group_sizes(kind: str, key: jax.Array, rows: int, experts: int) -> jax.Array
     return jnp.bincount(chosen, length=experts).astype(jnp.int32)
 
 
-def _group_inputs(
+def group_inputs(
     kind: str, seed: int, rows: int, width: tuple[int, int], experts: int, scaled: bool = False
 ) -> tuple[Any, ...]:
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)
@@ -68,16 +68,16 @@ def _spread_inputs(seed: int, tokens: int, config: KeyeConfig) -> tuple[Any, ...
 
 
 def _experts(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
-    t, down = config.text, _grouped(jnp.bfloat16)
+    t, down = config.text, grouped(jnp.bfloat16)
     D, F, E, k = t.hidden_size, t.moe_intermediate_size, t.num_experts, t.num_experts_per_tok
     shapes = [("even", sizes.rows), ("few", sizes.rows), ("one group", sizes.rows), ("even", k), ("even", 8 * k + 3)]
     for seed, (kind, rows) in enumerate(shapes):
-        make = partial(_group_inputs, kind, 100 + seed, rows, (D, 2 * F), E)
+        make = partial(group_inputs, kind, 100 + seed, rows, (D, 2 * F), E)
         yield Case(f"grouped_swiglu {kind} {rows} rows", grouped_matmul.grouped_swiglu, make, rounding, 1)
-        make = partial(_group_inputs, kind, 110 + seed, rows, (F, D), E, scaled=True)
+        make = partial(group_inputs, kind, 110 + seed, rows, (F, D), E, scaled=True)
         yield Case(f"grouped_matmul down {kind} {rows} rows", down, make, rounding, 1)
-    make = partial(_group_inputs, "even", 120, 8 * k + 3, (D, 2 * F), E)
-    yield Case("grouped_matmul in float32", _grouped(jnp.float32), make, rounding, 1)
+    make = partial(group_inputs, "even", 120, 8 * k + 3, (D, 2 * F), E)
+    yield Case("grouped_matmul in float32", grouped(jnp.float32), make, rounding, 1)
     make = partial(_spread_inputs, 130, sizes.rows // k, config)
     yield Case("spread_rows", grouped_matmul.spread_rows, make, rounding, 1)
 
@@ -85,14 +85,14 @@ def _experts(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
 # A decode step.
 
 
-def _project_add_inputs(seed: int, rows: int, config: KeyeConfig) -> tuple[Any, ...]:
+def project_add_inputs(seed: int, rows: int, config: KeyeConfig) -> tuple[Any, ...]:
     t = config.text
     heads = (t.num_attention_heads, t.head_dim)
     x, w, residual = _normal(seed, (rows, *heads), (LAYERS, *heads, t.hidden_size), (rows, t.hidden_size))
     return x, w * jnp.bfloat16(t.head_dim**-0.5), jnp.int32(LAST), residual
 
 
-def _step_inputs(seed: int, slots: tuple[int, ...], S: int, dtype: Any, config: KeyeConfig) -> tuple[Any, ...]:
+def step_inputs(seed: int, slots: tuple[int, ...], S: int, dtype: Any, config: KeyeConfig) -> tuple[Any, ...]:
     """Arguments of `decode_inputs` up to the slots."""
     t, s, B, D = config.text, config.sparse, len(slots), config.text.hidden_size
     G, K, J, I = t.num_key_value_heads, t.head_dim, s.indexer_num_heads, s.indexer_head_dim  # noqa: E741
@@ -110,14 +110,14 @@ def _step_inputs(seed: int, slots: tuple[int, ...], S: int, dtype: Any, config: 
 
 def _decode(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
     for rows in (1, 3, 8):
-        make = partial(_project_add_inputs, 210 + rows, rows, config)
+        make = partial(project_add_inputs, 210 + rows, rows, config)
         yield Case(f"project_add {rows} rows", skinny_matmul.project_add, make, rounding, 1)
     function, S = partial(decode_inputs, eps=config.text.rms_norm_eps), sizes.short
     # Three roundings to bfloat16 on the way, which float32 results come from too: projection, norm, rotation.
     compare = partial(rounding, float32=BF16)
     for dtype, label in ((jnp.float8_e4m3fn, "fp8"), (jnp.bfloat16, "bf16")):
         for slots in ((S - 1,), (0, S, S // 2 + 3)):  # a row at the capacity is not written
-            make = partial(_step_inputs, 230, slots, S, dtype, config)
+            make = partial(step_inputs, 230, slots, S, dtype, config)
             yield Case(f"decode_inputs {label} {len(slots)} rows", function, make, compare, 1)
 
 
@@ -176,11 +176,11 @@ def _expert_inputs(kind: str, seed: int, rows: int, config: KeyeConfig, *, down:
 
 
 @lru_cache
-def _moe_step(k: int, renormalise: bool, eps: float) -> Callable[..., Any]:
+def moe_step_for(k: int, renormalise: bool, eps: float) -> Callable[..., Any]:
     return partial(moe_step, k=k, renormalise=renormalise, eps=eps)
 
 
-def _moe_inputs(seed: int, rows: int, config: KeyeConfig) -> tuple[Any, ...]:
+def moe_inputs(seed: int, rows: int, config: KeyeConfig) -> tuple[Any, ...]:
     h, norm, router, layer = _route_inputs(seed, rows, config)
     _, gate_up, *_ = _expert_inputs("random", seed + 1, rows, config, down=False)
     _, down, *_ = _expert_inputs("random", seed + 2, rows, config, down=True)
@@ -199,9 +199,9 @@ def _decode_experts(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
             yield Case(f"expert_swiglu {kind} {rows} rows", expert_swiglu, make, rounding, 1)
             make = partial(_expert_inputs, kind, 280 + rows, rows, config, down=True)
             yield Case(f"expert_down {kind} {rows} rows", expert_down, make, rounding, 1)
-        step = _moe_step(t.num_experts_per_tok, t.norm_topk_prob, t.rms_norm_eps)
+        step = moe_step_for(t.num_experts_per_tok, t.norm_topk_prob, t.rms_norm_eps)
         # Hidden values, rows of experts and their sum are rounded, one after the other.
-        make = partial(_moe_inputs, 290 + rows, rows, config)
+        make = partial(moe_inputs, 290 + rows, rows, config)
         yield Case(f"moe_step {rows} rows", step, make, rounding, 2)
 
 

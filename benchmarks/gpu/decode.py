@@ -48,13 +48,14 @@ def measure(model: Model, plan: Plan, compiler: Compiler, record: Record) -> Non
             if program is None:
                 continue
             keys = ("decode_ms", batch, context, way)
-            ms = record.attempt(keys, 5, partial(_time, model, program, batch, context))
+            ms = record.attempt(keys, 5, partial(time_decode, model, program, batch, context))
             if ms is not None:
                 rate = 1e3 * batch / ms
                 print(f"decode batch {batch} {context:>7} {way:<5} {ms:8.3f} ms  {rate:7.0f} tokens/s", flush=True)
 
 
-def _time(model: Model, program: Any, batch: int, context: int) -> float:
+def time_decode(model: Model, program: Any, batch: int, context: int) -> float:
+    """Milliseconds a step, over a random cache that ends full."""
     config = model.config
     cache = random_cache(config, batch, context, context - SPARE)
     logits = jnp.zeros((batch, config.text.vocab_size), jnp.float32)

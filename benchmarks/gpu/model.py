@@ -14,7 +14,7 @@ from benchmarks.published import CONFIG
 from examples.tiny_checkpoint import tiny_config
 from keye_jax import KeyeConfig, graphs
 from keye_jax.cache import Cache, abstract_cache
-from keye_jax.params import abstract_params, flatten, param_specs, unflatten
+from keye_jax.params import SCALE, WEIGHT_DTYPES, WeightFormat, abstract_params, flatten, param_specs, unflatten
 from keye_jax.sampling import Sampling
 
 TINY_JSON = tiny_config(
@@ -41,6 +41,12 @@ CONFIGS = {name: KeyeConfig.from_hf(json) for name, json in JSONS.items()}
 TINY = CONFIGS["tiny"]
 
 DTYPE = jnp.bfloat16
+
+STD = 0.02
+"""Of random weights."""
+
+_UNIT = {jnp.dtype(jnp.int8): 32.0, jnp.dtype(jnp.float8_e4m3fn): 1.0}
+"""How 8-bit values of standard deviation 1 are stored."""
 
 _LARGE = 1 << 26
 """Elements; larger stacks are drawn a layer at a time, for random bits take as much memory again."""
@@ -69,7 +75,11 @@ class Model:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    """Normal, of standard deviation 0.02; of 1 in 8-bit numbers, which integers hold as `_UNIT`."""
+    noise = _UNIT.get(jnp.dtype(dtype), STD) * jax.random.normal(key, shape, jnp.float32)
+    if dtype == jnp.int8:
+        noise = jnp.clip(jnp.round(noise), -127, 127)
+    return noise.astype(dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -79,28 +89,27 @@ def _zeros(_: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _draw_layer(stack: jax.Array, layer: jax.Array, key: jax.Array) -> jax.Array:
-    noise = jax.random.normal(jax.random.fold_in(key, layer), stack.shape[1:], jnp.float32)
-    if stack.dtype == jnp.bfloat16:
-        noise = 0.02 * noise
-    return stack.at[layer].set(noise.astype(stack.dtype))
+    return stack.at[layer].set(_noise(jax.random.fold_in(key, layer), stack.shape[1:], stack.dtype))
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal noise of standard deviation 0.02, large stacks layer by layer in place."""
+    """As `_noise`, large stacks layer by layer in place."""
     stack = _zeros(0, shape, dtype)
     for layer in range(shape[0]):
         stack = _draw_layer(stack, jnp.int32(layer), key)
     return stack
 
 
-def random_model(config: KeyeConfig, seed: int = 0) -> Model:
+def random_model(config: KeyeConfig, seed: int = 0, weights: WeightFormat = "none") -> Model:
     """Weights as `keye_jax.params.init_params` draws them in kind, not in value: another generator, which compiles and
-    runs in seconds at 31 billion weights."""
+    runs in seconds at 31 billion weights. 8-bit weights are drawn as such, with equal scales."""
     key, leaves = jax.random.key(seed, impl="rbg"), {}
-    for number, (path, spec) in enumerate(flatten(param_specs(config))):
+    for number, (path, spec) in enumerate(flatten(param_specs(config, weights))):
         own, dtype = jax.random.fold_in(key, number), spec.as_dtype(DTYPE)
         size = spec.nbytes(DTYPE) // dtype.itemsize
-        if spec.init != "normal":
+        if path[-1] == SCALE:
+            leaves[path] = jnp.full(spec.shape, STD / _UNIT[jnp.dtype(WEIGHT_DTYPES[weights])], dtype)
+        elif spec.init != "normal":
             leaves[path] = jnp.full(spec.shape, 1 if spec.init == "ones" else 0, dtype)
         elif spec.stacked and size > _LARGE:
             leaves[path] = draw(own, spec.shape, dtype)
@@ -167,17 +176,19 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def lower_prefill(program: Program, config: KeyeConfig, context: int, chunk: Any) -> Any:
+def lower_prefill(
+    program: Program, config: KeyeConfig, context: int, chunk: Any, weights: WeightFormat = "none"
+) -> Any:
     """`graphs.prefill`, or a variant of it, for one row, such chunks and a cache of `context` tokens."""
     carried = (abstract_cache(config, 1, context, DTYPE), abstract_logits(config, 1))
-    return _lower(program, config, (1, 2), *carried, abstract(chunk))
+    return _lower(program, config, weights, *carried, abstract(chunk))
 
 
-def lower_decode(program: Program, config: KeyeConfig, context: int, batch: int) -> Any:
+def lower_decode(program: Program, config: KeyeConfig, context: int, batch: int, weights: WeightFormat = "none") -> Any:
     """`graphs.decode`, or a variant of it."""
     carried = (abstract_cache(config, batch, context, DTYPE), abstract_logits(config, batch))
     state = jax.eval_shape(lambda: decode_state(batch))
-    return _lower(program, config, (1, 2), *carried, state, jax.ShapeDtypeStruct((), jnp.int32))
+    return _lower(program, config, weights, *carried, state, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def lower_vision(config: KeyeConfig, frames: int, side: int) -> Any:
@@ -190,10 +201,10 @@ def lower_vision(config: KeyeConfig, frames: int, side: int) -> Any:
     )
 
 
-def _lower(program: Program, config: KeyeConfig, donated: tuple[int, ...], *args: Any) -> Any:
+def _lower(program: Program, config: KeyeConfig, weights: WeightFormat, *args: Any) -> Any:
     # A function of its own: `jit` would remember a trace made with other kernels in place.
-    run = jax.jit(lambda *args: program(*args, config=config), donate_argnums=donated)
-    return run.lower(abstract_params(config, DTYPE)["text"], *args)
+    run = jax.jit(lambda *args: program(*args, config=config), donate_argnums=(1, 2))
+    return run.lower(abstract_params(config, DTYPE, weights)["text"], *args)
 
 
 def abstract_logits(config: KeyeConfig, batch: int) -> jax.ShapeDtypeStruct:

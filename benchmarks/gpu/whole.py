@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu import cases_weights
 from benchmarks.gpu.checks import Outcome, attempt, same_bits
 from benchmarks.gpu.model import DTYPE, TINY, Compiler, abstract, abstract_logits, decode_state
 from kernels_pallas.dispatch import reference_only
 from keye_jax import KeyeConfig, graphs
 from keye_jax.cache import CAPACITY_STEP, abstract_cache
 from keye_jax.checkpoint import load_params
-from keye_jax.params import flatten, param_specs, unflatten
+from keye_jax.params import SCALE, VALUES, WEIGHT_DTYPES, WeightFormat, flatten, param_specs, unflatten
 from tests.keye_jax.golden_prompts import CASES, padded_batch
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
@@ -32,7 +33,7 @@ class Whole:
 
     def __init__(self, compiler: Compiler, tokens: int):
         self._golden = [_Golden(mode, compiler) for mode in ("fp8_off", "fp8_on")]
-        self._rounded = _Rounded(compiler, tokens)
+        self._rounded = Rounded(compiler, tokens)
 
     def run(self) -> Iterator[tuple[str, Outcome]]:
         """Outcomes by name."""
@@ -117,20 +118,41 @@ class _Golden:
         return Outcome(wrong, 0, bool(same_bits(*runs)), self._programs.kernels)
 
 
-class _Rounded:
-    """A small model of the kernels' own widths, in bfloat16 with kernels and without, and in float32 without."""
+class Rounded:
+    """A small model of the kernels' own widths, in bfloat16 with kernels and without, and in float32 without.
 
-    def __init__(self, compiler: Compiler, tokens: int):
-        prompts, self._narrow, self._wide = small_prompts(tokens)
-        self._kernels = _Programs("bfloat16 with kernels", DTYPE, prompts, compiler)
+    Args:
+        tokens: of a prompt.
+        weights: 8-bit ones stay what they are in float32.
+    """
+
+    def __init__(self, compiler: Compiler, tokens: int, weights: WeightFormat = "none"):
+        prompts, narrow, wide = small_prompts(tokens)
+        self._narrow, self._wide = eight_bits(narrow, prompts.config, weights), wide
+        if weights != "none":
+            self._wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == DTYPE else x, self._narrow)
+        make = partial(_Programs, prompts=prompts, compiler=compiler, weights=weights)
+        self._kernels = make(f"bfloat16 with kernels, {weights}", DTYPE)
         with reference_only():
-            self._plain = _Programs("bfloat16", DTYPE, prompts, compiler)
-            self._exact = _Programs("float32", jnp.float32, prompts, compiler)
+            self._plain = make(f"bfloat16, {weights}", DTYPE)
+            self._exact = make(f"float32, {weights}", jnp.float32)
 
     def outcome(self) -> Outcome:
         ours, again = (self._kernels(self._narrow) for _ in range(2))
         error = farther(ours[1], self._plain(self._narrow)[1], self._exact(self._wide)[1])
         return Outcome(error, FARTHER, bool(same_bits(ours, again)), self._kernels.kernels)
+
+
+def eight_bits(params: dict[str, Any], config: KeyeConfig, weights: WeightFormat) -> dict[str, Any]:
+    """The decoder's parameters with what `weights` says kept with 8 bits; "none": as they are."""
+    specs, kept = dict(flatten(param_specs(config)["text"])), {}
+    for path, leaf in flatten(params):
+        if weights == "none" or not specs[path].contracted:
+            kept[path] = leaf
+        else:
+            rounded = cases_weights.quantised(leaf, specs[path].contracted, WEIGHT_DTYPES[weights])
+            kept |= {(*path, VALUES): rounded.values, (*path, SCALE): rounded.scale}
+    return unflatten(kept)
 
 
 def farther(ours: Any, plain: Any, exact: Any) -> float:
@@ -142,12 +164,12 @@ def farther(ours: Any, plain: Any, exact: Any) -> float:
 class _Programs:
     """Prefill of one chunk and one call of decode."""
 
-    def __init__(self, name: str, dtype: Any, prompts: Prompts, compiler: Compiler):
+    def __init__(self, name: str, dtype: Any, prompts: Prompts, compiler: Compiler, weights: WeightFormat = "none"):
         config, self._prompts = prompts.config, prompts
         batch, tokens = prompts.chunk["tokens"].shape
         self._carried = abstract_cache(config, batch, capacity(tokens), dtype), abstract_logits(config, batch)
         self._keys, self._compiler = ((name, "prefill"), (name, "decode")), compiler
-        specs = param_specs(config)["text"]
+        specs = param_specs(config, weights)["text"]
         params = unflatten({p: jax.ShapeDtypeStruct(s.shape, s.as_dtype(dtype)) for p, s in flatten(specs)})
         rest = ((abstract(prompts.chunk),), (abstract(prompts.state), jax.ShapeDtypeStruct((), jnp.int32)))
         for key, function, more in zip(self._keys, (graphs.prefill, graphs.decode), rest, strict=True):
