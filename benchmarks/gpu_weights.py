@@ -69,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     eight = [weights for weights in args.formats if weights != "none"]
     _add(config, args, compiler)
     sizes = TINY_SIZES if args.config == "tiny" else Sizes()
-    cases = Checks([case for weights in eight for case in weight_cases(config, sizes, weights)], compiler)
-    small = {f"bfloat16 model {weights}": Rounded(compiler, args.tokens, weights) for weights in eight}
+    # As in `benchmarks.gpu`: the references are compared as they are written.
+    exact = {"xla_allow_excess_precision": False}
+    cases = Checks([case for weights in eight for case in weight_cases(config, sizes, weights)], compiler, **exact)
+    small = {f"bfloat16 model {weights}": Rounded(compiler, args.tokens, weights, **exact) for weights in eight}
     compiler.wait(args.seconds / 2)
     record.put(("seconds", "trace, compile"), round(time.monotonic() - begin, 1))
     passed = check(_outcomes(cases, small), record)

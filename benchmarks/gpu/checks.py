@@ -53,13 +53,17 @@ class Outcome:
 
 
 class Checks:
-    """Cases whose programs are being compiled."""
+    """Cases whose programs are being compiled.
 
-    def __init__(self, cases: Sequence[Case], compiler: Compiler):
+    Args:
+        options: XLA's.
+    """
+
+    def __init__(self, cases: Sequence[Case], compiler: Compiler, **options: Any):
         self._cases, self._compiler = cases, compiler
         for case in cases:
             for key, lower in _programs(case).items():
-                compiler.add(key, lower)
+                compiler.add(key, lower, **options)
 
     def run(self) -> Iterator[tuple[str, Outcome]]:
         """Outcomes by name, case after case."""

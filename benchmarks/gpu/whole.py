@@ -124,14 +124,15 @@ class Rounded:
     Args:
         tokens: of a prompt.
         weights: 8-bit ones stay what they are in float32.
+        options: XLA's.
     """
 
-    def __init__(self, compiler: Compiler, tokens: int, weights: WeightFormat = "none"):
+    def __init__(self, compiler: Compiler, tokens: int, weights: WeightFormat = "none", **options: Any):
         prompts, narrow, wide = small_prompts(tokens)
         self._narrow, self._wide = eight_bits(narrow, prompts.config, weights), wide
         if weights != "none":
             self._wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == DTYPE else x, self._narrow)
-        make = partial(_Programs, prompts=prompts, compiler=compiler, weights=weights)
+        make = partial(_Programs, prompts=prompts, compiler=compiler, weights=weights, **options)
         self._kernels = make(f"bfloat16 with kernels, {weights}", DTYPE)
         with reference_only():
             self._plain = make(f"bfloat16, {weights}", DTYPE)
@@ -164,7 +165,15 @@ def farther(ours: Any, plain: Any, exact: Any) -> float:
 class _Programs:
     """Prefill of one chunk and one call of decode."""
 
-    def __init__(self, name: str, dtype: Any, prompts: Prompts, compiler: Compiler, weights: WeightFormat = "none"):
+    def __init__(
+        self,
+        name: str,
+        dtype: Any,
+        prompts: Prompts,
+        compiler: Compiler,
+        weights: WeightFormat = "none",
+        **options: Any,
+    ):
         config, self._prompts = prompts.config, prompts
         batch, tokens = prompts.chunk["tokens"].shape
         self._carried = abstract_cache(config, batch, capacity(tokens), dtype), abstract_logits(config, batch)
@@ -174,7 +183,7 @@ class _Programs:
         rest = ((abstract(prompts.chunk),), (abstract(prompts.state), jax.ShapeDtypeStruct((), jnp.int32)))
         for key, function, more in zip(self._keys, (graphs.prefill, graphs.decode), rest, strict=True):
             program = jax.jit(lambda *args, function=function: function(*args, config=config))
-            compiler.add(key, partial(program.lower, params, *self._carried, *more))
+            compiler.add(key, partial(program.lower, params, *self._carried, *more), **options)
 
     @property
     def kernels(self) -> bool:

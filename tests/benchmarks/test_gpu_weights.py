@@ -60,7 +60,7 @@ def test_prefill_and_decode_are_timed_and_a_wrong_check_is_an_exit_code(
 class Wrong:
     """In the place of a small model: one whose logits are off."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def outcome(self) -> gpu_weights.Outcome:
