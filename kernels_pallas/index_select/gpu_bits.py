@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.index_select import gpu_resident, gpu_score, gpu_threshold, gpu_topk
+from kernels_pallas.index_select import gpu_bound, gpu_emit, gpu_kth, gpu_score, gpu_threshold
 from kernels_pallas.index_select.gpu_score import QUERIES, TILE, UNIT, WIDTH
 
 MAX_BLOCKS_UNROLLED = 32
@@ -29,11 +29,16 @@ MAX_HEADS = 16  # more queries do not fit the shared memory
 class Tuning:
     """Measured choices; no effect on results."""
 
-    rows: int = 1024
+    rows: int = 8192
+    debug: bool = False
     """Queries scored at a time, a multiple of QUERIES: their scores are the scratch."""
     score: gpu_score.Tuning = field(default_factory=gpu_score.Tuning)
-    resident: gpu_resident.Tuning = field(default_factory=gpu_resident.Tuning)
+    kth: gpu_kth.Tuning = field(default_factory=gpu_kth.Tuning)
     topk: gpu_threshold.Tuning = field(default_factory=gpu_threshold.Tuning)
+
+
+    def samples(self, capacity: int) -> int:
+        return min(max(capacity // 32, 2048), 8192, capacity)
 
 
 def supports(idx_q: jax.Array, idx_k: jax.Array, topk: int) -> bool:
@@ -71,30 +76,37 @@ def select_bits(
         scale = lax.dynamic_index_in_dim(key_scale, layer, keepdims=False)
         keys *= scale.astype(jnp.bfloat16)[..., None]
     keys = jnp.pad(keys, ((0, 0), (0, 0), (0, WIDTH - I)))
-    keys = keys.transpose(0, 2, 1) if interpret else gpu_score.arrange(keys)
     spare = -C % QUERIES
+    chunk = C + spare
     q = jnp.pad(idx_q.astype(jnp.bfloat16), ((0, 0), (0, spare), (0, 0), (0, WIDTH - I)))
     weights = jnp.pad(weights.transpose(0, 2, 1), ((0, 0), (0, 0), (0, spare)))
     start = start.astype(jnp.int32)
 
-    total = B * (C + spare)
-    rows = min(tuning.rows, total)
-    blocks = -(-total // rows)
-
-    @jax.jit  # one kernel for all blocks
-    def select_block(i: jax.Array, bits: jax.Array) -> jax.Array:
-        first = (i * (rows // QUERIES)).reshape(1)
-        scored = gpu_score.scores(q, weights, keys, start, first, rows, topk, tuning.score, interpret)
-        shape = (C + spare, topk)
-        simulated = interpret is not None
-        bits, left = gpu_resident.select_rows(*scored, bits, start, first, *shape, tuning.resident, simulated)
-        return gpu_topk.select_rows(*scored, bits, start, first, left, *shape, tuning.topk, simulated)
-
-    bits = lax.empty((total, S // UNIT), jnp.uint8)
-    if blocks <= MAX_BLOCKS_UNROLLED:  # an iteration of a device loop costs 7-15 us
-        for i in range(blocks):
-            bits = select_block(jnp.int32(i), bits)
+    total = B * chunk
+    samples = tuning.samples(S)
+    places = gpu_bound.positions(start, chunk, S, samples)
+    some = jnp.take_along_axis(keys, places[..., None], axis=1)
+    if interpret:
+        some, keys = some.transpose(0, 2, 1), keys.transpose(0, 2, 1)
     else:
-        bits = lax.fori_loop(0, blocks, select_block, bits)
-    words = lax.bitcast_convert_type(bits.reshape(B, C + spare, S // 32, 4), jnp.uint32)
-    return words[:, :C]
+        some, keys = gpu_score.arrange(some), gpu_score.arrange(keys)
+    simulated = interpret is not None
+    rows = min(tuning.rows, total)
+    blocks = []
+    for i in range(-(-total // rows)):
+        first = jnp.full(1, i * (rows // QUERIES), jnp.int32)
+        everyone = jnp.ones(total // QUERIES, jnp.int32)
+        sampled = gpu_score.scores(
+            q, weights, some, jnp.full_like(start, S), first, everyone, rows, 0, tuning.score, interpret
+        )
+        bounds = gpu_bound.bounds(sampled, places, start, first, total, chunk, S, topk, interpret=simulated)
+        lists, sizes = gpu_score.candidates(
+            q, weights, keys, start, first, bounds, rows, topk, tuning.score, interpret
+        )
+        kth, cut = gpu_kth.thresholds(lists, sizes, start, first, total, chunk, S, topk, tuning.kth, simulated)
+        bits = gpu_emit.emit(lists, sizes, kth, cut, start, first, total, chunk, S, topk, interpret)
+        blocks.append((bits, cut < 0))
+    words = jnp.concatenate([bits for bits, _ in blocks])[:total]
+    if tuning.debug:
+        return blocks[0]
+    return words.reshape(B, chunk, S // 32)[:, :C]

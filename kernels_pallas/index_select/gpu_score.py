@@ -30,12 +30,13 @@ fp8 products are not the same: wgmma adds them with errors up to 2^-9 of the sum
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -54,6 +55,8 @@ WIDTH = 64
 UNITS = TILE // UNIT
 BUFFERS = 2  # for key tiles, of each warpgroup
 QUAD = 4  # threads that share a row of a wgmma accumulator
+FULL = 1 << 20
+"""The size of a list that had no room."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,14 @@ class Tuning:
     """Measured choices; no effect on results."""
 
     warpgroups: int = 2
-    programs: int = 128
+    programs: int = 256
+    slots: int = 6144
+
+    def splits(self, rows: int) -> int:
+        return max(1, self.programs * QUERIES // rows)
+
+    def room(self, rows: int) -> int:
+        return self.slots // (self.splits(rows) * self.warpgroups * QUAD)
 
 
 def arrange(keys: jax.Array) -> jax.Array:
@@ -75,13 +85,8 @@ def arrange(keys: jax.Array) -> jax.Array:
     return keys.reshape(B, S // 32, 2, 2, 2, 2, 2, I).transpose(0, 7, 1, 3, 5, 2, 4, 6).reshape(B, I, S)
 
 
-def unit_at(position: jax.Array) -> jax.Array:
-    """The unit whose maximum stands at a position of `maxima`: thread q of a quad writes q, q + 4, q + 8 and q + 12."""
-    return (position & ~(UNITS - 1)) | ((position & 3) << 2) | ((position >> 2) & 3)
-
-
-def _store(_: Any, scores: Any, out: ir.Value, maxima: ir.Value) -> None:
-    """Writes a [QUERIES, TILE] accumulator and its units' maxima from registers.
+def _store(_: Any, scores: Any, out: ir.Value) -> None:
+    """Writes a [QUERIES, TILE] accumulator from registers.
 
     Row r of warp w's 16 is held by threads 4r..4r + 3 (and 8 rows further down, in the second half of the registers).
     """
@@ -93,127 +98,240 @@ def _store(_: Any, scores: Any, out: ir.Value, maxima: ir.Value) -> None:
     def times(value: ir.Value, factor: int) -> ir.Value:
         return arith.muli(value, const(factor))
 
-    def start_of(ref: ir.Value, offset: ir.Value) -> ir.Value:
-        # Generic stores would have to find out first that this is not shared memory.
-        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(ref))
-        return mgpu.utils.getelementptr(pointer, [offset], f32)
-
-    def store(base: ir.Value, offset: int, values: Sequence[ir.Value]) -> None:
-        packed = vector.from_elements(ir.VectorType.get((len(values),), f32), values)
-        llvm.store(packed, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
-
     registers = scores.registers.reshape(TILE // 8, 2)
     stride = ir.MemRefType(out.type).get_strides_and_offset()[0][0]
     thread = arith.andi(mgpu.utils.thread_idx(), const(127))
     lane = arith.andi(thread, const(31))
     row = arith.addi(times(arith.shrui(thread, const(5)), 16), arith.shrui(lane, const(2)))
-    quad, parity = arith.andi(lane, const(3)), arith.andi(lane, const(1))
-    odd = arith.cmpi(arith.CmpIPredicate.eq, parity, const(1))
-    pair = arith.addi(times(arith.andi(lane, const(2)), UNIT), times(parity, UNIT // 2))
-    scores_at = start_of(out, arith.addi(times(row, stride), pair))
-    maxima_at = start_of(maxima, arith.addi(times(row, stride // UNIT), times(quad, UNITS // QUAD)))
+    pair = arith.addi(times(arith.andi(lane, const(2)), UNIT), times(arith.andi(lane, const(1)), UNIT // 2))
+    # Generic stores would have to find out first that this is not shared memory.
+    base = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(out))
+    base = mgpu.utils.getelementptr(base, [arith.addi(times(row, stride), pair)], f32)
+    for half, place in np.ndindex(2, TILE // 16):
+        own = [
+            vector.extract(registers[2 * place + i, half], dynamic_position=[], static_position=[b])
+            for i in range(2)
+            for b in range(2)
+        ]
+        # Neighbours write a unit together, a sector at once.
+        offset = half * 8 * stride + place // 2 * 32 + place % 2 * UNIT
+        packed = vector.from_elements(ir.VectorType.get((len(own),), f32), own)
+        llvm.store(packed, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
+
+
+def _filter(room: int, segments: int, _: Any, scores: Any, key: Any, bounds: Any, sizes: Any, lists: Any) -> None:
+    """Appends the scores of a [QUERIES, TILE] accumulator that reach their row's bound, and their keys, to the lists.
+
+    Each thread has a list of its own for either of its two rows.
+    """
+    registers = scores.registers.reshape(TILE // 8, 2)
+    offsets = [32 * (i // QUAD) + UNIT * (i % QUAD // 2) + 2 * (i % 2) + b for i in range(TILE // 8) for b in range(2)]
     for half in range(2):
-        tops = []
-        for group in range(TILE // 32):
-            parts = []
-            for unit in range(2):
-                own = [
-                    vector.extract(
-                        registers[QUAD * group + 2 * unit + i, half], dynamic_position=[], static_position=[b]
-                    )
-                    for i in range(2)
-                    for b in range(2)
-                ]
-                # Neighbours write a unit together, a sector at once.
-                store(scores_at, half * 8 * stride + group * 32 + unit * UNIT, own)
-                parts.append(reduce(arith.maximumf, own))
-            other = mgpu.utils.shfl_bfly(arith.select(odd, parts[0], parts[1]), 1)
-            tops.append(arith.maximumf(arith.select(odd, parts[1], parts[0]), other))
-        store(maxima_at, half * 8 * (stride // UNIT), tops)
+        own = [
+            vector.extract(registers[i, half], dynamic_position=[], static_position=[b])
+            for i in range(TILE // 8)
+            for b in range(2)
+        ]
+        n = len(own)
+        at, first, bound, size = (f"${n + i}" for i in range(4))
+        code = [
+            "{ .reg .pred p; .reg .u32 t, w, x, n, key, size; .reg .f32 bound; .reg .u64 list, at;",
+            "mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 31;",
+            f"mad.lo.u32 x, w, 256, {size}; mad.lo.u32 size, t, 4, x; add.u32 size, size, {half * 128};",
+            f"shr.u32 x, t, 2; mad.lo.u32 w, w, 16, x; add.u32 w, w, {half * 8};",
+            f"mad.lo.u32 x, w, 4, {bound}; ld.shared.f32 bound, [x]; ld.shared.u32 n, [size];",
+            f"mad.wide.u32 list, w, {segments * 8 * room}, {at};",
+            f"and.b32 x, t, 3; mad.wide.u32 list, x, {8 * room}, list;",
+            f"and.b32 x, t, 2; mad.lo.u32 key, x, 8, {first}; and.b32 x, t, 1; mad.lo.u32 key, x, 4, key;",
+            f"setp.gt.u32 p, n, {room - n}; selp.b32 n, {FULL}, n, p; selp.f32 bound, 0f7FC00000, bound, p;",
+            "mad.wide.u32 at, n, 4, list;",
+        ]
+        for i, offset in enumerate(offsets):
+            code += [
+                f"setp.ge.f32 p, ${i}, bound; @p st.global.f32 [at], ${i}; add.u32 x, key, {offset};",
+                f"@p st.global.u32 [at + {4 * room}], x; @p add.u64 at, at, 4;",
+            ]
+        code += ["sub.u64 at, at, list; shr.u64 at, at, 2; cvt.u32.u64 n, at; st.shared.u32 [size], n; }"]
+        operands = [*own, _address(lists), key.registers.item(), _address(bounds), _address(sizes)]
+        llvm.inline_asm(None, operands, "\n".join(code), ",".join(["f"] * n + ["l", "r", "r", "r"]), has_side_effects=True)
 
 
-def _body(
-    q: Any, weights: Any, keys: Any, start: Any, first: Any, out: Any, maxima: Any,
-    q_smem: Any, w_smem: Any, k_smem: Any, q_ready: Any, k_ready: Any,
-    *, blocks: int, splits: int, topk: int, tuning: Tuning, interpret: bool,
-) -> None:  # fmt: skip
-    C, J = q.shape[1:3]
-    own, wg = lax.axis_index("block"), lax.axis_index("warpgroup")
-    block = first[0] + own
-    inside = block < blocks
-    block = jnp.minimum(block, blocks - 1)
-    b, c = lax.div(block, C // QUERIES), lax.rem(block, C // QUERIES) * QUERIES
-    last = start[b] + c + QUERIES - 1
-    tiles = jnp.minimum(lax.div(last, TILE) + 1, keys.shape[2] // TILE)
-    # Rows that see at most topk keys are selected without scores.
-    tiles = jnp.where(inside & (last >= topk), tiles, 0)
-    mine, step = lax.axis_index("split") * tuning.warpgroups + wg, splits * tuning.warpgroups
-    count = lax.div(tiles - mine + step - 1, step)
-    rows = pl.ds(own * QUERIES, QUERIES)
+def _address(ref: Any) -> Any:
+    pointer = mgpu.utils.memref_ptr(ref)
+    shared = str(pointer.type) == "!llvm.ptr<3>"
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32 if shared else 64), pointer)
 
-    def fetch(i: jax.Array) -> None:
-        @pl.when(i < count)
-        def _load_keys() -> None:
+
+@dataclass(frozen=True)
+class _Program:
+    """What the two kernels share: a program's queries against its share of the key tiles."""
+
+    blocks: int
+    splits: int
+    topk: int
+    tuning: Tuning
+    interpret: bool
+
+    def walk(
+        self, refs: Sequence[Any], scratch: Sequence[Any], loads: Sequence[tuple[Any, Any]], put: Callable[..., None],
+    ) -> None:  # fmt: skip
+        """Calls put(rows, tile, scores) for each tile of 128 keys.
+
+        Args:
+            refs: q, weights, keys, start, first, wanted.
+            scratch: as `_scratch` describes it.
+            loads: what else to copy to shared memory before: (from, to), given the program's rows.
+            put: what becomes of scores.
+        """
+        q, weights, keys, start, first, wanted = refs
+        q_smem, w_smem, k_smem, q_ready, k_ready = scratch
+        C, J = q.shape[1:3]
+        own, wg = lax.axis_index("block"), lax.axis_index("warpgroup")
+        block = first[0] + own
+        inside = block < self.blocks
+        block = jnp.minimum(block, self.blocks - 1)
+        b, c = lax.div(block, C // QUERIES), lax.rem(block, C // QUERIES) * QUERIES
+        last = start[b] + c + QUERIES - 1
+        tiles = jnp.minimum(lax.div(last, TILE) + 1, keys.shape[2] // TILE)
+        # Rows that see at most topk keys are selected without scores.
+        tiles = jnp.where(inside & (last >= self.topk) & (wanted[block] != 0), tiles, 0)
+        mine, step = lax.axis_index("split") * self.tuning.warpgroups + wg, self.splits * self.tuning.warpgroups
+        count = lax.div(tiles - mine + step - 1, step)
+        rows = pl.ds(own * QUERIES, QUERIES)
+
+        def fetch(i: jax.Array) -> None:
+            @pl.when(i < count)
+            def _load_keys() -> None:
+                slot = lax.rem(i, BUFFERS)
+                tile = keys.at[b, :, pl.ds((mine + i * step) * TILE, TILE)]
+                plgpu.copy_gmem_to_smem(tile, k_smem.at[wg, slot], k_ready.at[wg * BUFFERS + slot])
+
+        def pin(x: jax.Array) -> jax.Array:
+            return x if self.interpret else lax.optimization_barrier(x)
+
+        def add(scores: jax.Array, j: Any, x: jax.Array) -> jax.Array:
+            gate = w_smem[j] if self.interpret else compat.load(w_smem.at[j], plgpu.Layout.WGMMA.reduce(1))
+            return pin(scores + lax.broadcast_in_dim(gate, (QUERIES, TILE), [0]) * jnp.maximum(x, 0.0))
+
+        def score_tile(i: jax.Array, _: None) -> None:
             slot = lax.rem(i, BUFFERS)
-            tile = keys.at[b, :, pl.ds((mine + i * step) * TILE, TILE)]
-            plgpu.copy_gmem_to_smem(tile, k_smem.at[wg, slot], k_ready.at[wg * BUFFERS + slot])
+            plgpu.barrier_wait(k_ready.at[wg * BUFFERS + slot])
 
-    @pl.when(wg == 0)
-    def _load_queries() -> None:
-        plgpu.copy_gmem_to_smem(weights.at[b, :, pl.ds(c, QUERIES)], w_smem, q_ready)
-        for j in range(J):
-            plgpu.copy_gmem_to_smem(q.at[b, pl.ds(c, QUERIES), j], q_smem.at[j], q_ready)
+            def multiply(j: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
+                def product(acc: Any) -> tuple[jax.Array, Any]:
+                    plgpu.wgmma(acc, q_smem.at[j], k_smem.at[wg, slot])
+                    done = meanwhile()
+                    return pin(plgpu.wgmma_accumulator_load(acc)), done
 
-    fetch(jnp.int32(0))
-    plgpu.barrier_wait(q_ready)
+                return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((QUERIES, TILE), jnp.float32))
 
-    def pin(x: jax.Array) -> jax.Array:
-        return x if interpret else lax.optimization_barrier(x)
+            def head(j: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                scores, before = carry
+                x, scores = multiply(j, partial(add, scores, j - 1, before))
+                return scores, x
 
-    def add(scores: jax.Array, j: Any, x: jax.Array) -> jax.Array:
-        gate = w_smem[j] if interpret else compat.load(w_smem.at[j], plgpu.Layout.WGMMA.reduce(1))
-        return pin(scores + lax.broadcast_in_dim(gate, (QUERIES, TILE), [0]) * jnp.maximum(x, 0.0))
+            def two_heads(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                return head(2 * g + 2, head(2 * g + 1, carry))
 
-    def score_tile(i: jax.Array, _: None) -> None:
-        slot = lax.rem(i, BUFFERS)
-        plgpu.barrier_wait(k_ready.at[wg * BUFFERS + slot])
+            zero = jnp.zeros((QUERIES, TILE), jnp.float32)
+            if not self.interpret:
+                zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+            x, _ = multiply(0, partial(fetch, i + 1))  # into the buffer of the tile before, which is done with
+            carry = lax.fori_loop(0, (J - 1) // 2, two_heads, (zero, x))
+            scores, x = carry if J % 2 else head(J - 1, carry)
+            put(rows, mine + i * step, add(scores, J - 1, x))
 
-        def multiply(j: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
-            def product(acc: Any) -> tuple[jax.Array, Any]:
-                plgpu.wgmma(acc, q_smem.at[j], k_smem.at[wg, slot])
-                done = meanwhile()
-                return pin(plgpu.wgmma_accumulator_load(acc)), done
+        @pl.when(tiles > 0)
+        def _run() -> None:
+            @pl.when(wg == 0)
+            def _load_queries() -> None:
+                plgpu.copy_gmem_to_smem(weights.at[b, :, pl.ds(c, QUERIES)], w_smem, q_ready)
+                for source, target in loads:
+                    plgpu.copy_gmem_to_smem(source.at[rows], target, q_ready)
+                for j in range(J):
+                    plgpu.copy_gmem_to_smem(q.at[b, pl.ds(c, QUERIES), j], q_smem.at[j], q_ready)
 
-            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((QUERIES, TILE), jnp.float32))
+            fetch(jnp.int32(0))
+            plgpu.barrier_wait(q_ready)
+            lax.fori_loop(0, count, score_tile, None)
 
-        def head(j: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            scores, before = carry
-            x, scores = multiply(j, partial(add, scores, j - 1, before))
-            return scores, x
 
-        def two_heads(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return head(2 * g + 2, head(2 * g + 1, carry))
+def _score_body(*refs: Any, program: _Program) -> None:
+    *inputs, out, q_smem, w_smem, k_smem, q_ready, k_ready = refs
 
-        zero = jnp.zeros((QUERIES, TILE), jnp.float32)
-        if not interpret:
-            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-        x, _ = multiply(0, partial(fetch, i + 1))  # into the buffer of the tile before, which is done with
-        carry = lax.fori_loop(0, (J - 1) // 2, two_heads, (zero, x))
-        scores, x = carry if J % 2 else head(J - 1, carry)
-        scores = add(scores, J - 1, x)
-
-        tile = mine + i * step
+    def put(rows: Any, tile: jax.Array, scores: jax.Array) -> None:
         out_tile = out.at[rows, pl.ds(tile * TILE, TILE)]
-        maxima_tile = maxima.at[rows, pl.ds(tile * UNITS, UNITS)]
-        if interpret:  # where keys are in their own order
+        if program.interpret:  # where keys are in their own order
             out_tile[...] = scores
-            tops = scores.reshape(QUERIES, UNITS // QUAD, QUAD, UNIT).max(3)
-            maxima_tile[...] = tops.transpose(0, 2, 1).reshape(QUERIES, UNITS)
         else:
-            types = (plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType())
-            plgpu.inline_mgpu(arg_types=types)(_store)(scores, out_tile, maxima_tile)
+            plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(_store)(scores, out_tile)
 
-    lax.fori_loop(0, count, score_tile, None)
+    program.walk(inputs, (q_smem, w_smem, k_smem, q_ready, k_ready), (), put)
+
+
+def _list_body(*refs: Any, program: _Program) -> None:
+    *inputs, bounds, lists, sizes, q_smem, w_smem, k_smem, q_ready, k_ready, b_smem, n_smem = refs
+    wg, split = lax.axis_index("warpgroup"), lax.axis_index("split")
+    segments, room = lists.shape[1], lists.shape[3]
+    own = pl.ds((split * program.tuning.warpgroups + wg) * QUAD, QUAD)
+    ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+    def put(rows: Any, tile: jax.Array, scores: jax.Array) -> None:
+        key, mine = tile * TILE, lists.at[rows, own]
+        if program.interpret:
+            _filter_plainly(scores, key, b_smem, n_smem.at[wg], mine)
+        else:
+            types = (plgpu.Layout.WGMMA, scalar, ref, ref, ref)
+            plgpu.inline_mgpu(arg_types=types)(partial(_filter, room, segments))(
+                scores, key, b_smem, n_smem.at[wg], mine
+            )
+
+    if program.interpret:
+        n_smem[wg] = jnp.zeros(n_smem.shape[1:], jnp.int32)
+    else:
+        plgpu.inline_mgpu(arg_types=(ref,))(_clear)(n_smem.at[wg])
+    program.walk(inputs, (q_smem, w_smem, k_smem, q_ready, k_ready), [(bounds, b_smem)], put)
+    mine = sizes.at[pl.ds(lax.axis_index("block") * QUERIES, QUERIES), own]
+    if program.interpret:
+        mine[...] = n_smem[wg]
+    else:
+        plgpu.inline_mgpu(arg_types=(ref, ref))(partial(_copy_sizes, segments))(n_smem.at[wg], mine)
+
+
+def _filter_plainly(scores: jax.Array, key: jax.Array, bounds: Any, sizes: Any, lists: Any) -> None:
+    """As `_filter`, with keys in their own order, a quarter of the tile for each thread."""
+    room = lists.shape[3]
+    n = sizes[...]
+    full = n > room - TILE // QUAD
+    hit = scores.reshape(QUERIES, QUAD, TILE // QUAD) >= jnp.where(full, jnp.nan, bounds[...][:, None])[..., None]
+    at = n[..., None] + jnp.cumsum(hit, axis=2) - 1
+    for i in range(TILE // QUAD):
+        here = (jnp.arange(room) == at[:, :, i, None]) & hit[:, :, i, None]
+        keys = key + (jnp.arange(QUAD) * (TILE // QUAD) + i)[None, :, None]
+        x = scores.reshape(QUERIES, QUAD, TILE // QUAD)[:, :, i, None]
+        pair = lax.bitcast_convert_type(x, jnp.int32), keys
+        for plane in range(2):
+            lists[:, :, plane] = jnp.where(here, pair[plane], lists[:, :, plane])
+    sizes[...] = jnp.where(full, FULL, n + jnp.sum(hit, axis=2))
+
+
+def _clear(_: Any, sizes: Any) -> None:
+    code = (
+        "{ .reg .u32 t, w, x; mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 31;"
+        " mad.lo.u32 x, w, 256, $0; mad.lo.u32 x, t, 4, x; st.shared.u32 [x], 0; st.shared.u32 [x + 128], 0; }"
+    )
+    llvm.inline_asm(None, [_address(sizes)], code, "r", has_side_effects=True)
+
+
+def _copy_sizes(segments: int, _: Any, sizes: Any, out: Any) -> None:
+    code = (
+        "{ .reg .u32 t, w, x, n; .reg .u64 at; mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5;"
+        " and.b32 t, t, 31; mad.lo.u32 x, w, 256, $0; mad.lo.u32 x, t, 4, x; shl.b32 w, w, 4; shr.u32 n, t, 2;"
+        f" add.u32 w, w, n; mad.wide.u32 at, w, {4 * segments}, $1; and.b32 t, t, 3; mad.wide.u32 at, t, 4, at;"
+        f" ld.shared.u32 n, [x]; st.global.u32 [at], n; ld.shared.u32 n, [x + 128];"
+        f" st.global.u32 [at + {32 * segments}], n; }}"
+    )
+    llvm.inline_asm(None, [_address(sizes), _address(out)], code, "r,l", has_side_effects=True)
 
 
 def scores(
@@ -222,11 +340,12 @@ def scores(
     keys: jax.Array,
     start: jax.Array,
     first: jax.Array,
+    wanted: jax.Array,
     rows: int,
     topk: int,
     tuning: Tuning = Tuning(),
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Scores of consecutive blocks of queries against all keys that some query of a block sees.
 
     Args:
@@ -236,49 +355,82 @@ def scores(
             TILE, scales multiplied in.
         start: [B] int32.
         first: [1] int32, the first block, counted over all rows of the batch.
+        wanted: [B * C // QUERIES] int32, zero for blocks that are left out.
         rows: queries to score, a multiple of QUERIES; those past the end are left out.
         topk: blocks that see at most so many keys are left out.
         tuning: sizes.
         interpret: parameters of Pallas' interpret mode for GPUs, or None.
 
     Returns:
-        scores [rows, S] and maxima [rows, S // UNIT] float32, the latter at `unit_at` positions.
-        Undefined for keys past a block's last tile.
+        [rows, S] float32, undefined for keys past a block's last tile.
     """
-    B, C, J, _ = q.shape
-    S = keys.shape[2]
-    splits = max(1, tuning.programs * QUERIES // rows)
-    layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    body = partial(
-        _body,
-        blocks=B * C // QUERIES,
-        splits=splits,
-        topk=topk,
-        tuning=tuning,
-        interpret=interpret is not None,
+    out = jax.ShapeDtypeStruct((rows, keys.shape[2]), jnp.float32)
+    return _call(_score_body, out, (), (q, weights, keys, start, first, wanted), (), rows, topk, tuning, interpret)
+
+
+def candidates(
+    q: jax.Array,
+    weights: jax.Array,
+    keys: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
+    bounds: jax.Array,
+    rows: int,
+    topk: int,
+    tuning: Tuning = Tuning(),
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores as of `scores`, but only of the keys that reach their row's bound.
+
+    Args:
+        bounds: [rows] float32.
+
+    Returns:
+        lists: [rows, segments, 2, room] int32: bits of the scores, and keys. Of the last tile also those that the
+            query does not see.
+        sizes: [rows, segments] int32, how many there are; FULL where there were too many. Undefined for blocks left
+            out.
+    """
+    splits = tuning.splits(rows)
+    segments = splits * tuning.warpgroups * QUAD
+    out = (
+        jax.ShapeDtypeStruct((rows, segments, 2, tuning.room(rows)), jnp.int32),
+        jax.ShapeDtypeStruct((rows, segments), jnp.int32),
     )
+    scratch = plgpu.SMEM((QUERIES,), jnp.float32), plgpu.SMEM((tuning.warpgroups, QUERIES, QUAD), jnp.int32)
+    wanted = jnp.ones(q.shape[0] * q.shape[1] // QUERIES, jnp.int32)
+    inputs = q, weights, keys, start, first, wanted
+    return _call(_list_body, out, scratch, inputs, (bounds,), rows, topk, tuning, interpret)
+
+
+def _call(
+    body: Any, out: Any, scratch: Any, inputs: tuple, more: tuple, rows: int, topk: int, tuning: Tuning, interpret: Any
+) -> Any:
+    q = inputs[0]
+    B, C, J, _ = q.shape
+    splits = tuning.splits(rows)
+    layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    program = _Program(B * C // QUERIES, splits, topk, tuning, interpret is not None)
     kernel = plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct((rows, S), jnp.float32),
-            jax.ShapeDtypeStruct((rows, S // UNIT), jnp.float32),
-        ),
+        partial(body, program=program),
+        out_type=out,
         scratch_types=(
             plgpu.SMEM((J, QUERIES, WIDTH), jnp.bfloat16, transforms=layout),
             plgpu.SMEM((J, QUERIES), jnp.float32),
             plgpu.SMEM((tuning.warpgroups, BUFFERS, WIDTH, TILE), jnp.bfloat16, transforms=layout),
-            plgpu.Barrier(num_arrivals=J + 1),
+            plgpu.Barrier(num_arrivals=J + 1 + len(more)),
             plgpu.Barrier(num_barriers=tuning.warpgroups * BUFFERS),
+            *scratch,
         ),
         grid=(rows // QUERIES, splits),
         grid_names=("block", "split"),
         num_threads=tuning.warpgroups,
         thread_name="warpgroup",
-        kernel_name="index_scores",
+        kernel_name=body.__name__.strip("_"),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,  # nothing is both read and written by threads
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=interpret,
     )
-    return kernel(q, weights, keys, start, first)
+    return kernel(*inputs, *more)
