@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxlib.mlir.dialects import llvm
 
 from kernels_pallas.index_select.gpu_score import _address
-from kernels_pallas.index_select.gpu_threshold import place_of
+from kernels_pallas.index_select.gpu_pieces import place_of
 
 LANES = 128
 
@@ -49,7 +49,7 @@ def _body(
     _, seen = place_of(start, first, r, total, chunk, width * 32)
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
     threshold, last = kth[r], cut[r]
-    _, segments, _, room = lists.shape
+    _, segments, room, _ = lists.shape
 
     @pl.when((seen > 0) & (seen <= topk))
     def _fill() -> None:
@@ -62,16 +62,16 @@ def _body(
     @pl.when((seen > topk) & (last >= 0))
     def _scatter() -> None:
         if interpret:
-            score = lax.bitcast_convert_type(lists[r, :, 0], jnp.float32)
-            key = lists[r, :, 1]
-            take = (jnp.arange(room) < sizes[r][:, None]) & (key < seen)
+            score = lax.bitcast_convert_type(lists[r, :, :, 0], jnp.float32)
+            key = lists[r, :, :, 1]
+            take = jnp.arange(room) < sizes[r][:, None]
             take &= (score > threshold) | ((score == threshold) & (key < last))
             bit = jnp.where(take, jnp.uint32(1) << (key & 31).astype(jnp.uint32), jnp.uint32(0))
             out[r] = jnp.sum(jnp.where((key >> 5)[..., None] == jnp.arange(width), bit[..., None], 0), axis=(0, 1), dtype=jnp.uint32)
         else:
-            types = ref, ref, ref, ref, scalar, scalar, scalar
+            types = ref, ref, ref, ref, scalar, scalar
             plgpu.inline_mgpu(arg_types=types)(partial(_scatter_row, segments, room, width))(
-                lists.at[r], sizes.at[r], out.at[r], words, threshold, last, seen
+                lists.at[r], sizes.at[r], out.at[r], words, threshold, last
             )
 
 
@@ -88,13 +88,12 @@ def _fill_row(width: int, _: Any, out: Any, seen: Any) -> None:
 
 
 def _scatter_row(
-    segments: int, room: int, width: int, _: Any, lists: Any, sizes: Any, out: Any, words: Any, kth: Any, cut: Any,
-    seen: Any,
-) -> None:  # fmt: skip
+    segments: int, room: int, width: int, _: Any, lists: Any, sizes: Any, out: Any, words: Any, kth: Any, cut: Any
+) -> None:
     share = LANES // segments
     code = [
         f"""
-    {{ .reg .pred p, q; .reg .s32 t, i, n, w, m; .reg .u64 at, l; .reg .f32 x<4>; .reg .s32 k<4>; .reg .b32 v<4>;
+    {{ .reg .pred p, q; .reg .b32 t, i, n, w, m, x<4>, k<4>, v<4>; .reg .u64 at, l;
     mov.u32 t, %tid.x;
     shl.b32 i, t, 4; add.s32 w, $3, i;
     clear: setp.ge.s32 p, i, {width * 4}; @p bra cleared;
@@ -102,19 +101,18 @@ def _scatter_row(
     cleared:
     div.u32 m, t, {share}; rem.u32 i, t, {share}; shl.b32 i, i, 2;
     mad.wide.s32 at, m, 4, $1; ld.global.u32 n, [at];
-    mad.wide.s32 l, m, {8 * room}, $0; mad.wide.s32 l, i, 4, l;
+    mad.wide.s32 l, m, {8 * room}, $0; mad.wide.s32 l, i, 8, l;
     bar.sync 1, {LANES};
     next: setp.ge.s32 p, i, n; @p bra done;
-    ld.global.v4.f32 {{x0, x1, x2, x3}}, [l]; ld.global.v4.s32 {{k0, k1, k2, k3}}, [l + {4 * room}];"""
+    ld.global.v4.b32 {{x0, k0, x1, k1}}, [l]; ld.global.v4.b32 {{x2, k2, x3, k3}}, [l + 16];"""
     ]
     for e in range(4):
         code.append(f"""
-    setp.lt.s32 p, k{e}, $5; setp.eq.and.f32 p, x{e}, $4, p; setp.gt.or.f32 p, x{e}, $4, p;
-    setp.lt.and.s32 p, k{e}, $6, p; add.s32 m, i, {e}; setp.lt.and.s32 p, m, n, p;
+    setp.lt.s32 p, k{e}, $5; setp.eq.and.f32 p, x{e}, $4, p; setp.gt.or.f32 p, x{e}, $4, p; add.s32 m, i, {e}; setp.lt.and.s32 p, m, n, p;
     shr.u32 w, k{e}, 5; mad.lo.s32 w, w, 4, $3; and.b32 m, k{e}, 31; shl.b32 m, 1, m;
     @p red.shared.or.b32 [w], m;""")
     code.append(f"""
-    add.s32 i, i, {4 * share}; add.u64 l, l, {16 * share}; bra next;
+    add.s32 i, i, {4 * share}; add.u64 l, l, {32 * share}; bra next;
     done: bar.sync 1, {LANES};
     shl.b32 i, t, 4; add.s32 w, $3, i; mad.wide.s32 at, i, 1, $2;
     copy: setp.ge.s32 p, i, {width * 4}; @p bra copied;
@@ -123,6 +121,6 @@ def _scatter_row(
     copied: }}""")
     operands = [
         *(_address(ref) for ref in (lists, sizes, out, words)),
-        *(x.registers.item() for x in (kth, cut, seen)),
+        *(x.registers.item() for x in (kth, cut)),
     ]
-    llvm.inline_asm(None, operands, "".join(code), "l,l,l,r,f,r,r", has_side_effects=True)
+    llvm.inline_asm(None, operands, "".join(code), "l,l,l,r,f,r", has_side_effects=True)

@@ -12,10 +12,11 @@ from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.index_select.gpu_score import FULL
 from kernels_pallas.index_select.gpu_search import search
-from kernels_pallas.index_select.gpu_threshold import iota, ones, place_of, put
+from kernels_pallas.index_select.gpu_pieces import count_two, iota, ones, place_of, put_one
 from kernels_pallas.index_select.sort_keys import score_of, sort_key
 
 LEFT = -1
+NAN = 0x7FC00000
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def thresholds(
     rows = lists.shape[0]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     kth, cut = pl.pallas_call(
-        partial(_body, total=total, chunk=chunk, capacity=capacity, topk=topk, lanes=32 * tuning.warps),
+        partial(_body, total=total, chunk=chunk, capacity=capacity, topk=topk, lanes=32 * tuning.warps, interpret=interpret),
         out_shape=(jax.ShapeDtypeStruct((rows, 1), jnp.float32), jax.ShapeDtypeStruct((rows, 1), jnp.int32)),
         grid=(rows,),
         in_specs=[anywhere] * 4,
@@ -44,30 +45,30 @@ def thresholds(
 
 def _body(
     first: Any, start: Any, sizes: Any, lists: Any, kth_out: Any, cut_out: Any,
-    *, total: int, chunk: int, capacity: int, topk: int, lanes: int,
+    *, total: int, chunk: int, capacity: int, topk: int, lanes: int, interpret: bool,
 ) -> None:  # fmt: skip
     r = pl.program_id(0)
-    _, segments, _, room = lists.shape
+    _, segments, room, _ = lists.shape
     _, seen = place_of(start, first, r, total, chunk, capacity)
     lane = iota(lanes)
     share = lanes // segments
     segment, own = lax.div(lane, share), lax.rem(lane, share)
 
     def mark(kth: jax.Array, cut: jax.Array) -> None:
-        put(kth_out, r, lane, jnp.broadcast_to(kth, lane.shape), lane == 0)
-        put(cut_out, r, lane, jnp.broadcast_to(cut, lane.shape), lane == 0)
+        put_one(kth_out, r, kth, lanes)
+        put_one(cut_out, r, cut, lanes)
 
     def find() -> None:
         size = plt.load(sizes.at[r, segment])
         fits = jnp.max(size) < FULL
         size = jnp.minimum(size, room)
-        slots = [j * share + own for j in range(room // share)]
-        values = []
-        for slot in slots:
-            inside = slot < size
-            x = plt.load(lists.at[r, segment, 0, slot], mask=inside, other=0)
-            key = plt.load(lists.at[r, segment, 1, slot], mask=inside, other=capacity)
-            values.append(jnp.where(key < seen, lax.bitcast_convert_type(x, jnp.float32), jnp.nan))
+
+        def score(j: Any) -> jax.Array:
+            slot = j * share + own
+            x = plt.load(lists.at[r, segment, slot, 0], mask=slot < size, other=NAN)
+            return lax.bitcast_convert_type(x, jnp.float32)
+
+        values = [score(j) for j in range(room // share)]
         least, most, sums, n = jnp.inf, -jnp.inf, 0.0, 0
         for x in values:
             real = x == x
@@ -83,17 +84,19 @@ def _body(
 
         def select() -> None:
             key, reach, above = search(
-                partial(_count_two, values), sort_key(bottom), sort_key(jnp.max(most)), n, topk, 0, guess
+                partial(count_two, values, interpret), sort_key(bottom), sort_key(jnp.max(most)), n, topk, 0, guess
             )
             kth = score_of(key)
 
             def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 low, high = state
                 middle = lax.div(low + high, 2)
-                taken = jnp.zeros((lanes,), jnp.int32)
-                for slot, x in zip(slots, values, strict=True):
-                    tied = x == kth
-                    taken += ones(plt.load(lists.at[r, segment, 1, slot], mask=tied, other=capacity) < middle)
+
+                def count(j: jax.Array, taken: jax.Array) -> jax.Array:
+                    key = plt.load(lists.at[r, segment, j * share + own, 1])
+                    return taken + ones((score(j) == kth) & (key < middle))
+
+                taken = lax.fori_loop(0, room // share, count, jnp.zeros((lanes,), jnp.int32))
                 fits = jnp.sum(taken) <= topk - above
                 return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
@@ -108,8 +111,3 @@ def _body(
     pl.when(seen > topk)(find)
     pl.when(seen <= topk)(partial(mark, jnp.float32(0), jnp.int32(capacity)))
 
-
-def _count_two(values: list[Any], p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    low, high = score_of(p), score_of(q)
-    both = jnp.sum(sum(jnp.where(x >= low, 1, 0) + jnp.where(x >= high, 1 << 16, 0) for x in values))
-    return both & 0xFFFF, both >> 16

@@ -65,7 +65,7 @@ class Tuning:
 
     warpgroups: int = 2
     programs: int = 256
-    slots: int = 6144
+    slots: int = 7168
 
     def splits(self, rows: int) -> int:
         return max(1, self.programs * QUERIES // rows)
@@ -119,41 +119,49 @@ def _store(_: Any, scores: Any, out: ir.Value) -> None:
         llvm.store(packed, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
 
 
-def _filter(room: int, segments: int, _: Any, scores: Any, key: Any, bounds: Any, sizes: Any, lists: Any) -> None:
+def _filter(
+    room: int, segments: int, _: Any, scores: Any, key: Any, known: Any, bounds: Any, sizes: Any, lists: Any
+) -> None:  # fmt: skip
     """Appends the scores of a [QUERIES, TILE] accumulator that reach their row's bound, and their keys, to the lists.
 
-    Each thread has a list of its own for either of its two rows.
+    Each thread has a list of its own for either of its two rows. The first row knows so many of the tile's keys.
     """
     registers = scores.registers.reshape(TILE // 8, 2)
     offsets = [32 * (i // QUAD) + UNIT * (i % QUAD // 2) + 2 * (i % 2) + b for i in range(TILE // 8) for b in range(2)]
+    n = len(offsets)
+    at, first, ahead, bound, size = (f"${n + i}" for i in range(5))
     for half in range(2):
-        own = [
-            vector.extract(registers[i, half], dynamic_position=[], static_position=[b])
-            for i in range(TILE // 8)
-            for b in range(2)
-        ]
-        n = len(own)
-        at, first, bound, size = (f"${n + i}" for i in range(4))
         code = [
-            "{ .reg .pred p; .reg .u32 t, w, x, n, key, size; .reg .f32 bound; .reg .u64 list, at;",
+            f"{{ .reg .pred p; .reg .b32 t, w, x, n, own, size, bound, v<{n}>; .reg .u64 list, at;",
             "mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 31;",
             f"mad.lo.u32 x, w, 256, {size}; mad.lo.u32 size, t, 4, x; add.u32 size, size, {half * 128};",
             f"shr.u32 x, t, 2; mad.lo.u32 w, w, 16, x; add.u32 w, w, {half * 8};",
             f"mad.lo.u32 x, w, 4, {bound}; ld.shared.f32 bound, [x]; ld.shared.u32 n, [size];",
             f"mad.wide.u32 list, w, {segments * 8 * room}, {at};",
             f"and.b32 x, t, 3; mad.wide.u32 list, x, {8 * room}, list;",
-            f"and.b32 x, t, 2; mad.lo.u32 key, x, 8, {first}; and.b32 x, t, 1; mad.lo.u32 key, x, 4, key;",
+            "and.b32 x, t, 2; shl.b32 own, x, 3; and.b32 x, t, 1; mad.lo.u32 own, x, 4, own;",
             f"setp.gt.u32 p, n, {room - n}; selp.b32 n, {FULL}, n, p; selp.f32 bound, 0f7FC00000, bound, p;",
-            "mad.wide.u32 at, n, 4, list;",
+            "mad.wide.u32 at, n, 8, list;",
+            *(f"mov.f32 v{i}, ${i};" for i in range(n)),
+            f"setp.ge.s32 p, {ahead}, {TILE}; @p bra seen; add.s32 x, {ahead}, w; sub.s32 x, x, own;",
+            *(f"setp.gt.s32 p, x, {offset}; selp.f32 v{i}, v{i}, 0f7FC00000, p;" for i, offset in enumerate(offsets)),
+            f"seen: add.s32 own, own, {first};",
         ]
         for i, offset in enumerate(offsets):
             code += [
-                f"setp.ge.f32 p, ${i}, bound; @p st.global.f32 [at], ${i}; add.u32 x, key, {offset};",
-                f"@p st.global.u32 [at + {4 * room}], x; @p add.u64 at, at, 4;",
+                f"setp.ge.f32 p, v{i}, bound; add.u32 x, own, {offset};",
+                f"@p st.global.v2.b32 [at], {{v{i}, x}}; @p add.u64 at, at, 8;",
             ]
-        code += ["sub.u64 at, at, list; shr.u64 at, at, 2; cvt.u32.u64 n, at; st.shared.u32 [size], n; }"]
-        operands = [*own, _address(lists), key.registers.item(), _address(bounds), _address(sizes)]
-        llvm.inline_asm(None, operands, "\n".join(code), ",".join(["f"] * n + ["l", "r", "r", "r"]), has_side_effects=True)
+        code += ["sub.u64 at, at, list; shr.u64 at, at, 3; cvt.u32.u64 n, at; st.shared.u32 [size], n; }"]
+        own = [
+            vector.extract(registers[i, half], dynamic_position=[], static_position=[b])
+            for i in range(TILE // 8)
+            for b in range(2)
+        ]
+        scalars = [x.registers.item() for x in (key, known)]
+        operands = [*own, _address(lists), *scalars, _address(bounds), _address(sizes)]
+        constraints = ",".join(["f"] * n + ["l", "r", "r", "r", "r"])
+        llvm.inline_asm(None, operands, "\n".join(code), constraints, has_side_effects=True)
 
 
 def _address(ref: Any) -> Any:
@@ -166,33 +174,38 @@ def _address(ref: Any) -> Any:
 class _Program:
     """What the two kernels share: a program's queries against its share of the key tiles."""
 
+    rows: int
     blocks: int
     splits: int
     topk: int
     tuning: Tuning
     interpret: bool
 
+    def own(self) -> jax.Array:
+        """Which of the call's blocks this is: the last ones, which see most, begin."""
+        return self.rows // QUERIES - 1 - lax.axis_index("block")
+
     def walk(
         self, refs: Sequence[Any], scratch: Sequence[Any], loads: Sequence[tuple[Any, Any]], put: Callable[..., None],
     ) -> None:  # fmt: skip
-        """Calls put(rows, tile, scores) for each tile of 128 keys.
+        """Calls put(rows, tile, keys that the first row sees, scores) for each tile of 128 keys.
 
         Args:
-            refs: q, weights, keys, start, first, wanted.
+            refs: q, weights, keys, start, first, wanted, most.
             scratch: as `_scratch` describes it.
             loads: what else to copy to shared memory before: (from, to), given the program's rows.
             put: what becomes of scores.
         """
-        q, weights, keys, start, first, wanted = refs
+        q, weights, keys, start, first, wanted, most = refs
         q_smem, w_smem, k_smem, q_ready, k_ready = scratch
         C, J = q.shape[1:3]
-        own, wg = lax.axis_index("block"), lax.axis_index("warpgroup")
+        own, wg = self.own(), lax.axis_index("warpgroup")
         block = first[0] + own
         inside = block < self.blocks
         block = jnp.minimum(block, self.blocks - 1)
         b, c = lax.div(block, C // QUERIES), lax.rem(block, C // QUERIES) * QUERIES
         last = start[b] + c + QUERIES - 1
-        tiles = jnp.minimum(lax.div(last, TILE) + 1, keys.shape[2] // TILE)
+        tiles = jnp.minimum(lax.div(last, TILE) + 1, most[b])
         # Rows that see at most topk keys are selected without scores.
         tiles = jnp.where(inside & (last >= self.topk) & (wanted[block] != 0), tiles, 0)
         mine, step = lax.axis_index("split") * self.tuning.warpgroups + wg, self.splits * self.tuning.warpgroups
@@ -239,7 +252,7 @@ class _Program:
             x, _ = multiply(0, partial(fetch, i + 1))  # into the buffer of the tile before, which is done with
             carry = lax.fori_loop(0, (J - 1) // 2, two_heads, (zero, x))
             scores, x = carry if J % 2 else head(J - 1, carry)
-            put(rows, mine + i * step, add(scores, J - 1, x))
+            put(rows, mine + i * step, start[b] + c + 1, add(scores, J - 1, x))
 
         @pl.when(tiles > 0)
         def _run() -> None:
@@ -259,7 +272,7 @@ class _Program:
 def _score_body(*refs: Any, program: _Program) -> None:
     *inputs, out, q_smem, w_smem, k_smem, q_ready, k_ready = refs
 
-    def put(rows: Any, tile: jax.Array, scores: jax.Array) -> None:
+    def put(rows: Any, tile: jax.Array, _: jax.Array, scores: jax.Array) -> None:
         out_tile = out.at[rows, pl.ds(tile * TILE, TILE)]
         if program.interpret:  # where keys are in their own order
             out_tile[...] = scores
@@ -272,18 +285,19 @@ def _score_body(*refs: Any, program: _Program) -> None:
 def _list_body(*refs: Any, program: _Program) -> None:
     *inputs, bounds, lists, sizes, q_smem, w_smem, k_smem, q_ready, k_ready, b_smem, n_smem = refs
     wg, split = lax.axis_index("warpgroup"), lax.axis_index("split")
-    segments, room = lists.shape[1], lists.shape[3]
+    segments, room = lists.shape[1:3]
     own = pl.ds((split * program.tuning.warpgroups + wg) * QUAD, QUAD)
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
-    def put(rows: Any, tile: jax.Array, scores: jax.Array) -> None:
+    def put(rows: Any, tile: jax.Array, seen: jax.Array, scores: jax.Array) -> None:
         key, mine = tile * TILE, lists.at[rows, own]
+        known = seen - key
         if program.interpret:
-            _filter_plainly(scores, key, b_smem, n_smem.at[wg], mine)
+            _filter_plainly(scores, key, known, b_smem, n_smem.at[wg], mine)
         else:
-            types = (plgpu.Layout.WGMMA, scalar, ref, ref, ref)
+            types = (plgpu.Layout.WGMMA, scalar, scalar, ref, ref, ref)
             plgpu.inline_mgpu(arg_types=types)(partial(_filter, room, segments))(
-                scores, key, b_smem, n_smem.at[wg], mine
+                scores, key, known, b_smem, n_smem.at[wg], mine
             )
 
     if program.interpret:
@@ -291,27 +305,32 @@ def _list_body(*refs: Any, program: _Program) -> None:
     else:
         plgpu.inline_mgpu(arg_types=(ref,))(_clear)(n_smem.at[wg])
     program.walk(inputs, (q_smem, w_smem, k_smem, q_ready, k_ready), [(bounds, b_smem)], put)
-    mine = sizes.at[pl.ds(lax.axis_index("block") * QUERIES, QUERIES), own]
+    mine = sizes.at[pl.ds(program.own() * QUERIES, QUERIES), own]
     if program.interpret:
         mine[...] = n_smem[wg]
     else:
         plgpu.inline_mgpu(arg_types=(ref, ref))(partial(_copy_sizes, segments))(n_smem.at[wg], mine)
 
 
-def _filter_plainly(scores: jax.Array, key: jax.Array, bounds: Any, sizes: Any, lists: Any) -> None:
+def _filter_plainly(
+    scores: jax.Array, key: jax.Array, known: jax.Array, bounds: Any, sizes: Any, lists: Any
+) -> None:  # fmt: skip
     """As `_filter`, with keys in their own order, a quarter of the tile for each thread."""
-    room = lists.shape[3]
+    room, own = lists.shape[2], TILE // QUAD
     n = sizes[...]
-    full = n > room - TILE // QUAD
-    hit = scores.reshape(QUERIES, QUAD, TILE // QUAD) >= jnp.where(full, jnp.nan, bounds[...][:, None])[..., None]
+    full = n > room - own
+    bound = jnp.where(full, jnp.nan, bounds[...][:, None])
+    place = jnp.arange(TILE)
+    scores = jnp.where(place < known + jnp.arange(QUERIES)[:, None], scores, jnp.nan).reshape(QUERIES, QUAD, own)
+    hit = scores >= bound[..., None]
     at = n[..., None] + jnp.cumsum(hit, axis=2) - 1
-    for i in range(TILE // QUAD):
+    pairs = lax.bitcast_convert_type(scores, jnp.int32), jnp.broadcast_to((key + place).reshape(QUAD, own), hit.shape)
+    kept = lists[...]
+    for i in range(own):
         here = (jnp.arange(room) == at[:, :, i, None]) & hit[:, :, i, None]
-        keys = key + (jnp.arange(QUAD) * (TILE // QUAD) + i)[None, :, None]
-        x = scores.reshape(QUERIES, QUAD, TILE // QUAD)[:, :, i, None]
-        pair = lax.bitcast_convert_type(x, jnp.int32), keys
-        for plane in range(2):
-            lists[:, :, plane] = jnp.where(here, pair[plane], lists[:, :, plane])
+        pair = jnp.stack([x[:, :, i] for x in pairs], axis=-1)
+        kept = jnp.where(here[..., None], pair[:, :, None], kept)
+    lists[...] = kept
     sizes[...] = jnp.where(full, FULL, n + jnp.sum(hit, axis=2))
 
 
@@ -341,6 +360,7 @@ def scores(
     start: jax.Array,
     first: jax.Array,
     wanted: jax.Array,
+    tiles: jax.Array,
     rows: int,
     topk: int,
     tuning: Tuning = Tuning(),
@@ -356,6 +376,7 @@ def scores(
         start: [B] int32.
         first: [1] int32, the first block, counted over all rows of the batch.
         wanted: [B * C // QUERIES] int32, zero for blocks that are left out.
+        tiles: [B] int32, of how many tiles of keys at most.
         rows: queries to score, a multiple of QUERIES; those past the end are left out.
         topk: blocks that see at most so many keys are left out.
         tuning: sizes.
@@ -365,7 +386,7 @@ def scores(
         [rows, S] float32, undefined for keys past a block's last tile.
     """
     out = jax.ShapeDtypeStruct((rows, keys.shape[2]), jnp.float32)
-    return _call(_score_body, out, (), (q, weights, keys, start, first, wanted), (), rows, topk, tuning, interpret)
+    return _call(_score_body, out, (), (q, weights, keys, start, first, wanted, tiles), (), rows, topk, tuning, interpret)
 
 
 def candidates(
@@ -386,20 +407,19 @@ def candidates(
         bounds: [rows] float32.
 
     Returns:
-        lists: [rows, segments, 2, room] int32: bits of the scores, and keys. Of the last tile also those that the
-            query does not see.
+        lists: [rows, segments, room, 2] int32: bits of a score, and its key.
         sizes: [rows, segments] int32, how many there are; FULL where there were too many. Undefined for blocks left
             out.
     """
     splits = tuning.splits(rows)
     segments = splits * tuning.warpgroups * QUAD
     out = (
-        jax.ShapeDtypeStruct((rows, segments, 2, tuning.room(rows)), jnp.int32),
+        jax.ShapeDtypeStruct((rows, segments, tuning.room(rows), 2), jnp.int32),
         jax.ShapeDtypeStruct((rows, segments), jnp.int32),
     )
     scratch = plgpu.SMEM((QUERIES,), jnp.float32), plgpu.SMEM((tuning.warpgroups, QUERIES, QUAD), jnp.int32)
-    wanted = jnp.ones(q.shape[0] * q.shape[1] // QUERIES, jnp.int32)
-    inputs = q, weights, keys, start, first, wanted
+    wanted, tiles = jnp.ones(q.shape[0] * q.shape[1] // QUERIES, jnp.int32), jnp.full_like(start, keys.shape[2] // TILE)
+    inputs = q, weights, keys, start, first, wanted, tiles
     return _call(_list_body, out, scratch, inputs, (bounds,), rows, topk, tuning, interpret)
 
 
@@ -410,7 +430,7 @@ def _call(
     B, C, J, _ = q.shape
     splits = tuning.splits(rows)
     layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    program = _Program(B * C // QUERIES, splits, topk, tuning, interpret is not None)
+    program = _Program(rows, B * C // QUERIES, splits, topk, tuning, interpret is not None)
     kernel = plgpu.kernel(
         partial(body, program=program),
         out_type=out,
