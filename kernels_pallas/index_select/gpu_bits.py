@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.common import WORD
-from kernels_pallas.index_select import gpu_bound, gpu_emit, gpu_kth, gpu_score, gpu_topk
-from kernels_pallas.index_select.gpu_score import QUERIES, TILE, WIDTH
+from kernels_pallas.index_select import gpu_bound, gpu_emit, gpu_filter, gpu_kth, gpu_score, gpu_topk
+from kernels_pallas.index_select.gpu_filter import QUERIES, TILE
+from kernels_pallas.index_select.gpu_score import WIDTH
 
 MAX_BLOCKS_UNROLLED = 32
 MAX_HEADS = 16  # more queries do not fit the shared memory
@@ -35,7 +36,7 @@ class Tuning:
     scratch: int = 1 << 27
     """Scores that the rows left may take at a time."""
     score: gpu_score.Tuning = field(default_factory=gpu_score.Tuning)
-    sample: gpu_score.Tuning = gpu_score.Tuning(programs=128)
+    sample: gpu_score.Tuning = field(default_factory=lambda: gpu_score.Tuning(programs=128))
     kth: gpu_kth.Tuning = field(default_factory=gpu_kth.Tuning)
 
 
@@ -124,7 +125,7 @@ class _Call:
         return self._from_scores(bits, left, keys)
 
     def _arrange(self, keys: jax.Array) -> jax.Array:
-        return gpu_score.arrange(keys) if self.interpret is None else keys.transpose(0, 2, 1)
+        return gpu_filter.arrange(keys) if self.interpret is None else keys.transpose(0, 2, 1)
 
     def _first(self, i: jax.Array, rows: int) -> jax.Array:
         return (i * (rows // QUERIES)).reshape(1)
@@ -159,7 +160,16 @@ class _Call:
         @jax.jit  # one kernel for all blocks
         def select_block(bits: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
             scores = gpu_score.scores(
-                self.q, self.weights, keys, self.start, first, groups, tiles, rows, self.topk, self.tuning.score,
+                self.q,
+                self.weights,
+                keys,
+                self.start,
+                first,
+                groups,
+                tiles,
+                rows,
+                self.topk,
+                self.tuning.score,
                 self.interpret,
             )
             return gpu_topk.select_rows(

@@ -1,4 +1,14 @@
-"""Bounds."""
+"""Bounds of the rows of a selection, by a sample of their scores, for `gpu_bits`. Triton body, a program of 4 warps a row.
+
+One of every 32 keys (more where few are seen) is scored first. Of a row that sees n keys, of which m are in the sample,
+about k m / n sampled ones are among the k best, give or take a standard deviation of sqrt(k m / n (1 - k / n) (1 - m / n))
+for keys that come in any order. The bound is a score that so many and five deviations more of the sample reach: in one of
+a million rows fewer than k keys reach it, and on the average 1.2 k (8K) to 1.7 k (32K and more). Nothing depends on it but
+time: a row with too few or too many candidates is selected otherwise.
+
+Of each stride of keys one is taken, at a place that differs from stride to stride: whatever repeats along a sequence, as
+rows of an image do, is sampled evenly, and neighbours that are alike make the estimate better, not worse.
+"""
 
 from functools import partial
 from typing import Any
@@ -9,49 +19,79 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_search import search, upper_quantile
+from kernels_pallas.index_select.gpu_filter import TILE
 from kernels_pallas.index_select.gpu_pieces import count_two, iota, place_of, put_one
-from kernels_pallas.index_select.gpu_score import TILE
+from kernels_pallas.index_select.gpu_search import search, upper_quantile
 from kernels_pallas.index_select.sort_keys import score_of, sort_key
 
 DEVIATIONS = 5.0
 FEWEST = 1024
+"""Keys that are sampled at least, if there are so many."""
 WIDEST = 32
+"""Keys of which one is sampled at least."""
+SLACK = 16
+"""One part in so many more may reach a bound, where finding fewer costs more counting."""
+WARPS = 4
 
 
 def sample(start: jax.Array, chunk: int, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """Keys by which to guess.
+    """Which keys to score first for queries start, ..., start + chunk - 1.
+
+    Args:
+        start: [B] int32.
+        chunk: queries of a sequence.
+        capacity: keys, a multiple of TILE.
 
     Returns:
-        [B, n] int32 ascending, one of every `stride` keys; [B] int32 strides.
+        [B, n] int32, ascending, and [B] int32: key i is one of those from i * stride to (i + 1) * stride - 1, as far as
+        those are seen. n is a multiple of TILE.
     """
+    n = min(max(-(-capacity // (WIDEST * TILE)) * TILE, 2 * FEWEST), capacity)
     seen = jnp.minimum(start + chunk, capacity)
     stride = jnp.clip(lax.div(seen, FEWEST), 1, WIDEST)
-    i = jnp.arange(count(capacity), dtype=jnp.int32)
-    # Multiples of the golden ratio: places within the strides as even as they can be, in step with nothing.
-    jitter = (i.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 16
-    jitter = (jitter * stride.astype(jnp.uint32)[:, None]) >> 16
-    return jnp.minimum(i * stride[:, None] + jitter.astype(jnp.int32), capacity - 1), stride
-
-
-def count(capacity: int) -> int:
-    """How many keys at most are sampled, a multiple of TILE."""
-    return min(max(-(-capacity // (WIDEST * TILE)) * TILE, 2 * FEWEST), capacity)
+    i = jnp.arange(n, dtype=jnp.int32)
+    # Multiples of the golden ratio: places as even as they can be, in step with nothing.
+    place = (i.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 16
+    place = (place * stride.astype(jnp.uint32)[:, None]) >> 16
+    return jnp.minimum(i * stride[:, None] + place.astype(jnp.int32), capacity - 1), stride
 
 
 def bounds(
-    scores: jax.Array, stride: jax.Array, start: jax.Array, first: jax.Array, total: int, chunk: int, capacity: int,
-    topk: int, warps: int = 4, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    scores: jax.Array,
+    stride: jax.Array,
+    start: jax.Array,
+    first: jax.Array,
+    total: int,
+    chunk: int,
+    capacity: int,
+    topk: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Bounds that probably more than k, but not many more, of each row's scores reach.
+
+    Args:
+        scores: [rows, n] float32 of the sampled keys.
+        stride: [B] int32, as `sample` gives it.
+        start: [B] int32.
+        first: [1] int32, the block of QUERIES rows at which these rows begin.
+        total: rows of all blocks.
+        chunk: rows of a sequence.
+        capacity: keys.
+        topk: how many.
+        interpret: run on any platform.
+
+    Returns:
+        [rows] float32: minus infinity where few keys are seen, infinity where at most topk.
+    """
     rows = scores.shape[0]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out = pl.pallas_call(
-        partial(_body, total=total, chunk=chunk, capacity=capacity, topk=topk, lanes=32 * warps, interpret=interpret),
+        partial(_body, total=total, chunk=chunk, capacity=capacity, topk=topk, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((rows, 1), jnp.float32),
         grid=(rows,),
         in_specs=[anywhere] * 4,
         out_specs=anywhere,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="index_select_bounds",
     )(first, start, stride, scores)
@@ -60,43 +100,40 @@ def bounds(
 
 def _body(
     first: Any, start: Any, stride: Any, scores: Any, out: Any,
-    *, total: int, chunk: int, capacity: int, topk: int, lanes: int, interpret: bool,
+    *, total: int, chunk: int, capacity: int, topk: int, interpret: bool,
 ) -> None:  # fmt: skip
     r = pl.program_id(0)
-    n = scores.shape[1]
-    lane = iota(lanes)
+    n, lanes = scores.shape[1], 32 * WARPS
     row, seen = place_of(start, first, r, total, chunk, capacity)
-    b = lax.div(jnp.minimum(row, total - 1), chunk)
-
-    def mark(bound: jax.Array) -> None:
-        put_one(out, r, bound, lanes)
 
     def find() -> None:
-        known = jnp.minimum(lax.div(seen, stride[b]), n)
-        slots = [j * lanes + lane for j in range(n // lanes)]
+        # Of the last stride that is seen in part nothing is known.
+        known = jnp.minimum(lax.div(seen, stride[lax.div(row, chunk)]), n)
+        slots = [j * lanes + iota(lanes) for j in range(n // lanes)]
         values = [plt.load(scores.at[r, slot], mask=slot < known, other=jnp.nan) for slot in slots]
-        least, most, sums, squares = jnp.inf, -jnp.inf, 0.0, 0.0
+        least, most, total, squares = jnp.inf, -jnp.inf, 0.0, 0.0
         for x in values:
             real = x == x
             y = jnp.where(real, x, 0.0)
             least = jnp.minimum(least, jnp.where(real, x, jnp.inf))
             most = jnp.maximum(most, jnp.where(real, x, -jnp.inf))
-            sums, squares = sums + y, squares + y * y
+            total, squares = total + y, squares + y * y
         size, everything = known.astype(jnp.float32), seen.astype(jnp.float32)
         expected = size * topk / everything
         spread = jnp.sqrt(expected * (1 - topk / everything) * jnp.maximum(1 - size / everything, 0.0))
         rank = (expected + DEVIATIONS * spread).astype(jnp.int32) + 1
-        slack = lax.div(rank, 16)
-        mean = jnp.sum(sums) / size
+        slack = lax.div(rank, SLACK)
+        mean = jnp.sum(total) / size
         deviation = jnp.sqrt(jnp.maximum(jnp.sum(squares) / size - mean * mean, 0.0))
 
-        def guess(count: jax.Array) -> jax.Array:
-            return mean + deviation * upper_quantile(jnp.clip(count / size, 1e-6, 0.99))
+        def normal(count: jax.Array) -> jax.Array:
+            share = jnp.clip(count.astype(jnp.float32) / size, 1e-6, 0.99)
+            return mean + deviation * upper_quantile(share)
 
-        wanted = rank.astype(jnp.float32), slack.astype(jnp.float32)
-        pair = guess(wanted[0] + wanted[1]), guess(wanted[0])
-        key, *_ = search(partial(count_two, values, interpret), sort_key(jnp.min(least)), sort_key(jnp.max(most)), known, rank, slack, pair)
-        mark(jnp.where(rank < known, score_of(key), -jnp.inf))
+        low, high = sort_key(jnp.min(least)), sort_key(jnp.max(most))
+        guess = normal(rank + slack), normal(rank)
+        key, *_ = search(partial(count_two, values, interpret), low, high, known, rank, slack, guess)
+        put_one(out, r, jnp.where(rank < known, score_of(key), -jnp.inf), lanes)
 
     pl.when(seen > topk)(find)
-    pl.when(seen <= topk)(partial(mark, jnp.float32(jnp.inf)))
+    pl.when(seen <= topk)(lambda: put_one(out, r, jnp.float32(jnp.inf), lanes))

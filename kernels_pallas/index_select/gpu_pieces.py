@@ -1,5 +1,6 @@
 """What the Triton bodies of `gpu_bits` share: rows and their keys, numbers held in registers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.index_select.gpu_score import QUERIES
+from kernels_pallas.index_select.gpu_filter import QUERIES
 from kernels_pallas.index_select.sort_keys import score_of
 
 
@@ -62,3 +63,28 @@ def count_two(values: list[Any], interpret: bool, p: jax.Array, q: jax.Array) ->
             )[0]
     both = jnp.sum(both)
     return both & 0xFFFF, both >> 16
+
+
+def tie_cut(
+    equal_below: Callable[[jax.Array], jax.Array], reach: jax.Array, above: jax.Array, topk: int, capacity: int
+) -> jax.Array:
+    """The key below which scores equal to the k-th are selected: the largest with at most the wanted ones below it, as
+    in the reference.
+
+    Args:
+        equal_below: a key → how many lower keys have a score equal to the k-th.
+        reach: how many scores reach the k-th.
+        above: how many exceed it, if `reach` is not topk.
+        topk: how many are selected.
+        capacity: keys.
+    """
+
+    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = state
+        middle = lax.div(low + high, 2)
+        fits = equal_below(middle) <= topk - above
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    # Where all are wanted, there is nothing to find.
+    low = jnp.where(reach != topk, jnp.int32(0), jnp.int32(capacity))
+    return lax.while_loop(lambda state: state[1] - state[0] > 1, halve, (low, jnp.int32(capacity + 1)))[0]

@@ -1,21 +1,23 @@
-"""Lightning-indexer scores of a block of queries on Hopper GPUs, for `gpu_bits`. Mosaic GPU body.
+"""Lightning-indexer scores of blocks of queries on Hopper GPUs, for `gpu_bits`. Mosaic GPU bodies.
 
-Computes scores[t, s] = sum_j weights[t, j] * max(0, q[t, j] . keys[s]) in float32, and the maximum of every unit of
-8 neighbouring keys, by which `gpu_topk` finds the few units that it has to read. Schedule:
+Computes scores[t, s] = sum_j weights[t, j] * max(0, q[t, j] . keys[s]) in float32. `candidates` lists those that reach
+their row's bound, with their keys; `scores` stores all. Schedule:
 
 - A program holds 64 queries with all their heads in shared memory (128 KiB) and walks a share of the key tiles.
 - Each of its two warpgroups takes tiles of 128 keys of its own, two buffers each. A head's product is one wgmma
   m64n128k64; while it runs, relu and multiply-add put the previous head's into 64 registers of scores.
 - The loop over heads stays a loop, of two heads so that they swap accumulators: 16 heads unrolled are 40 KB of
   instructions, which come more slowly than they are executed.
-- Keys come permuted within groups of 32 so that neighbouring threads hold whole units: every store writes whole
-  32-byte sectors, and a unit's maximum takes one exchange between the two.
-- Tiles above the causal diagonal are not visited. On the diagonal nothing is masked: the reader knows what it may see.
+- Keys come permuted within groups of 32 so that neighbouring threads hold whole units of 8: every store of `scores`
+  writes whole 32-byte sectors. What `candidates` does with a tile: `gpu_filter`.
+- Tiles above the causal diagonal are not visited. On the diagonal `scores` masks nothing, `candidates` does.
 
 A query and key cost 2,048 operations: a 128K prefill 17.6 TFLOP a layer, 22 ms at 790 TFLOP/s. Measured on one H200
-for 8,192 queries at the end of 128K tokens: 3.42 ms in bursts (623 TFLOP/s) and 3.85 ms without pause, where 690 W hold
-the clock at 1.6 to 1.75 GHz. The products alone, of all heads into one accumulator, take 2.55 and 2.85 ms, with the
-stores 2.84 and 3.16. The rest: two vector operations an element and head, half of all issue slots.
+for 8,192 queries at the end of 128K tokens, ms in the profiler: FIGURES
+
+Before that, with all scores stored: 3.42 ms in bursts (623 TFLOP/s) and 3.85 ms without pause, where 690 W hold the
+clock at 1.6 to 1.75 GHz. The products alone, of all heads into one accumulator, took 2.55 and 2.85 ms, with the stores
+2.84 and 3.16. The rest: two vector operations an element and head, half of all issue slots.
 
 Tried and lost, ms in bursts, and without pause where it says so: all heads unrolled, three warpgroups 4.1 (4.5 without
 pause), two warpgroups with a product ahead 4.65 without pause; three warpgroups, one head an iteration 3.6, two 3.5,
@@ -34,29 +36,21 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from kernels_pallas import compat
+from kernels_pallas.index_select import gpu_filter
+from kernels_pallas.index_select.gpu_filter import QUAD, QUERIES, TILE
 
-QUERIES = 64
-"""Queries of a block: the rows of a wgmma."""
-TILE = 128
-UNIT = 8
-"""Neighbouring keys that share a maximum; their scores are one 32-byte sector."""
 WIDTH = 64
 """Head size that the kernel multiplies; narrower heads are padded with zeros."""
-UNITS = TILE // UNIT
 BUFFERS = 2  # for key tiles, of each warpgroup
-QUAD = 4  # threads that share a row of a wgmma accumulator
-FULL = 1 << 20
-"""The size of a list that had no room."""
+INPUTS = 7  # that both kernels have
+MAX_LISTS = 128
+"""Of a row: the threads that `gpu_emit` reads them with."""
 
 
 @dataclass(frozen=True)
@@ -65,109 +59,20 @@ class Tuning:
 
     warpgroups: int = 2
     programs: int = 256
-    slots: int = 7168
+    """About so many share the work."""
+    slots: int = 6144
+    """Candidates of a row for which its lists have room together; `spare` are added to each."""
+    spare: int = 64
 
     def splits(self, rows: int) -> int:
-        return max(1, self.programs * QUERIES // rows)
+        """Programs that share a block of queries when `rows` are scored: a power of two."""
+        most = min(self.programs * QUERIES // rows, MAX_LISTS // (self.warpgroups * QUAD))
+        return 1 << max(most, 1).bit_length() - 1
 
-    def room(self, rows: int) -> int:
-        return self.slots // (self.splits(rows) * self.warpgroups * QUAD)
-
-
-def arrange(keys: jax.Array) -> jax.Array:
-    """[B, S, I] keys → [B, I, S], in the column order that gives each pair of threads of a wgmma whole units.
-
-    In an accumulator, thread q of a quad holds columns 8i + 2q + b (b = 0, 1). Of a group of 32 keys, threads 2p and
-    2p + 1 get units 2p and 2p + 1, the even thread the first four keys of both, in order.
-    """
-    B, S, I = keys.shape  # noqa: E741
-    # Pair, unit, parity, high and low bit of the place → unit, high bit, pair, parity, low bit.
-    return keys.reshape(B, S // 32, 2, 2, 2, 2, 2, I).transpose(0, 7, 1, 3, 5, 2, 4, 6).reshape(B, I, S)
-
-
-def _store(_: Any, scores: Any, out: ir.Value) -> None:
-    """Writes a [QUERIES, TILE] accumulator from registers.
-
-    Row r of warp w's 16 is held by threads 4r..4r + 3 (and 8 rows further down, in the second half of the registers).
-    """
-    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-
-    def const(value: int) -> ir.Value:
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
-
-    def times(value: ir.Value, factor: int) -> ir.Value:
-        return arith.muli(value, const(factor))
-
-    registers = scores.registers.reshape(TILE // 8, 2)
-    stride = ir.MemRefType(out.type).get_strides_and_offset()[0][0]
-    thread = arith.andi(mgpu.utils.thread_idx(), const(127))
-    lane = arith.andi(thread, const(31))
-    row = arith.addi(times(arith.shrui(thread, const(5)), 16), arith.shrui(lane, const(2)))
-    pair = arith.addi(times(arith.andi(lane, const(2)), UNIT), times(arith.andi(lane, const(1)), UNIT // 2))
-    # Generic stores would have to find out first that this is not shared memory.
-    base = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(out))
-    base = mgpu.utils.getelementptr(base, [arith.addi(times(row, stride), pair)], f32)
-    for half, place in np.ndindex(2, TILE // 16):
-        own = [
-            vector.extract(registers[2 * place + i, half], dynamic_position=[], static_position=[b])
-            for i in range(2)
-            for b in range(2)
-        ]
-        # Neighbours write a unit together, a sector at once.
-        offset = half * 8 * stride + place // 2 * 32 + place % 2 * UNIT
-        packed = vector.from_elements(ir.VectorType.get((len(own),), f32), own)
-        llvm.store(packed, mgpu.utils.getelementptr(base, [offset], f32), alignment=16)
-
-
-def _filter(
-    room: int, segments: int, _: Any, scores: Any, key: Any, known: Any, bounds: Any, sizes: Any, lists: Any
-) -> None:  # fmt: skip
-    """Appends the scores of a [QUERIES, TILE] accumulator that reach their row's bound, and their keys, to the lists.
-
-    Each thread has a list of its own for either of its two rows. The first row knows so many of the tile's keys.
-    """
-    registers = scores.registers.reshape(TILE // 8, 2)
-    offsets = [32 * (i // QUAD) + UNIT * (i % QUAD // 2) + 2 * (i % 2) + b for i in range(TILE // 8) for b in range(2)]
-    n = len(offsets)
-    at, first, ahead, bound, size = (f"${n + i}" for i in range(5))
-    for half in range(2):
-        code = [
-            f"{{ .reg .pred p; .reg .b32 t, w, x, n, own, size, bound, v<{n}>; .reg .u64 list, at;",
-            "mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 31;",
-            f"mad.lo.u32 x, w, 256, {size}; mad.lo.u32 size, t, 4, x; add.u32 size, size, {half * 128};",
-            f"shr.u32 x, t, 2; mad.lo.u32 w, w, 16, x; add.u32 w, w, {half * 8};",
-            f"mad.lo.u32 x, w, 4, {bound}; ld.shared.f32 bound, [x]; ld.shared.u32 n, [size];",
-            f"mad.wide.u32 list, w, {segments * 8 * room}, {at};",
-            f"and.b32 x, t, 3; mad.wide.u32 list, x, {8 * room}, list;",
-            "and.b32 x, t, 2; shl.b32 own, x, 3; and.b32 x, t, 1; mad.lo.u32 own, x, 4, own;",
-            f"setp.gt.u32 p, n, {room - n}; selp.b32 n, {FULL}, n, p; selp.f32 bound, 0f7FC00000, bound, p;",
-            "mad.wide.u32 at, n, 8, list;",
-            *(f"mov.f32 v{i}, ${i};" for i in range(n)),
-            f"setp.ge.s32 p, {ahead}, {TILE}; @p bra seen; add.s32 x, {ahead}, w; sub.s32 x, x, own;",
-            *(f"setp.gt.s32 p, x, {offset}; selp.f32 v{i}, v{i}, 0f7FC00000, p;" for i, offset in enumerate(offsets)),
-            f"seen: add.s32 own, own, {first};",
-        ]
-        for i, offset in enumerate(offsets):
-            code += [
-                f"setp.ge.f32 p, v{i}, bound; add.u32 x, own, {offset};",
-                f"@p st.global.v2.b32 [at], {{v{i}, x}}; @p add.u64 at, at, 8;",
-            ]
-        code += ["sub.u64 at, at, list; shr.u64 at, at, 3; cvt.u32.u64 n, at; st.shared.u32 [size], n; }"]
-        own = [
-            vector.extract(registers[i, half], dynamic_position=[], static_position=[b])
-            for i in range(TILE // 8)
-            for b in range(2)
-        ]
-        scalars = [x.registers.item() for x in (key, known)]
-        operands = [*own, _address(lists), *scalars, _address(bounds), _address(sizes)]
-        constraints = ",".join(["f"] * n + ["l", "r", "r", "r", "r"])
-        llvm.inline_asm(None, operands, "\n".join(code), constraints, has_side_effects=True)
-
-
-def _address(ref: Any) -> Any:
-    pointer = mgpu.utils.memref_ptr(ref)
-    shared = str(pointer.type) == "!llvm.ptr<3>"
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32 if shared else 64), pointer)
+    def lists(self, rows: int) -> tuple[int, int]:
+        """How many lists a row has, and the room of each."""
+        n = self.splits(rows) * self.warpgroups * QUAD
+        return n, self.slots // n + self.spare
 
 
 @dataclass(frozen=True)
@@ -191,12 +96,12 @@ class _Program:
         """Calls put(rows, tile, keys that the first row sees, scores) for each tile of 128 keys.
 
         Args:
-            refs: q, weights, keys, start, first, wanted, most.
-            scratch: as `_scratch` describes it.
-            loads: what else to copy to shared memory before: (from, to), given the program's rows.
+            refs: arguments of `scores`, in its order.
+            scratch: the first five of `_call`.
+            loads: what else of the program's rows is copied to shared memory before: from, to.
             put: what becomes of scores.
         """
-        q, weights, keys, start, first, wanted, most = refs
+        q, weights, keys, start, first, wanted, limit = refs
         q_smem, w_smem, k_smem, q_ready, k_ready = scratch
         C, J = q.shape[1:3]
         own, wg = self.own(), lax.axis_index("warpgroup")
@@ -205,7 +110,7 @@ class _Program:
         block = jnp.minimum(block, self.blocks - 1)
         b, c = lax.div(block, C // QUERIES), lax.rem(block, C // QUERIES) * QUERIES
         last = start[b] + c + QUERIES - 1
-        tiles = jnp.minimum(lax.div(last, TILE) + 1, most[b])
+        tiles = jnp.minimum(lax.div(last, TILE) + 1, limit[b])
         # Rows that see at most topk keys are selected without scores.
         tiles = jnp.where(inside & (last >= self.topk) & (wanted[block] != 0), tiles, 0)
         mine, step = lax.axis_index("split") * self.tuning.warpgroups + wg, self.splits * self.tuning.warpgroups
@@ -270,22 +175,21 @@ class _Program:
 
 
 def _score_body(*refs: Any, program: _Program) -> None:
-    *inputs, out, q_smem, w_smem, k_smem, q_ready, k_ready = refs
+    inputs, (out, *scratch) = refs[:INPUTS], refs[INPUTS:]
 
     def put(rows: Any, tile: jax.Array, _: jax.Array, scores: jax.Array) -> None:
         out_tile = out.at[rows, pl.ds(tile * TILE, TILE)]
         if program.interpret:  # where keys are in their own order
             out_tile[...] = scores
         else:
-            plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(_store)(scores, out_tile)
+            plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(gpu_filter.store)(scores, out_tile)
 
-    program.walk(inputs, (q_smem, w_smem, k_smem, q_ready, k_ready), (), put)
+    program.walk(inputs, scratch, (), put)
 
 
 def _list_body(*refs: Any, program: _Program) -> None:
-    *inputs, bounds, lists, sizes, q_smem, w_smem, k_smem, q_ready, k_ready, b_smem, n_smem = refs
+    inputs, (bounds, lists, sizes, *scratch, b_smem, n_smem) = refs[:INPUTS], refs[INPUTS:]
     wg, split = lax.axis_index("warpgroup"), lax.axis_index("split")
-    segments, room = lists.shape[1:3]
     own = pl.ds((split * program.tuning.warpgroups + wg) * QUAD, QUAD)
     ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -293,64 +197,22 @@ def _list_body(*refs: Any, program: _Program) -> None:
         key, mine = tile * TILE, lists.at[rows, own]
         known = seen - key
         if program.interpret:
-            _filter_plainly(scores, key, known, b_smem, n_smem.at[wg], mine)
+            gpu_filter.append_plainly(scores, key, known, b_smem, n_smem.at[wg], mine)
         else:
             types = (plgpu.Layout.WGMMA, scalar, scalar, ref, ref, ref)
-            plgpu.inline_mgpu(arg_types=types)(partial(_filter, room, segments))(
-                scores, key, known, b_smem, n_smem.at[wg], mine
-            )
+            add = plgpu.inline_mgpu(arg_types=types)(gpu_filter.append)
+            add(scores, key, known, b_smem, n_smem.at[wg], mine)
 
     if program.interpret:
         n_smem[wg] = jnp.zeros(n_smem.shape[1:], jnp.int32)
     else:
-        plgpu.inline_mgpu(arg_types=(ref,))(_clear)(n_smem.at[wg])
-    program.walk(inputs, (q_smem, w_smem, k_smem, q_ready, k_ready), [(bounds, b_smem)], put)
+        plgpu.inline_mgpu(arg_types=(ref,))(gpu_filter.clear)(n_smem.at[wg])
+    program.walk(inputs, scratch, [(bounds, b_smem)], put)
     mine = sizes.at[pl.ds(program.own() * QUERIES, QUERIES), own]
     if program.interpret:
         mine[...] = n_smem[wg]
     else:
-        plgpu.inline_mgpu(arg_types=(ref, ref))(partial(_copy_sizes, segments))(n_smem.at[wg], mine)
-
-
-def _filter_plainly(
-    scores: jax.Array, key: jax.Array, known: jax.Array, bounds: Any, sizes: Any, lists: Any
-) -> None:  # fmt: skip
-    """As `_filter`, with keys in their own order, a quarter of the tile for each thread."""
-    room, own = lists.shape[2], TILE // QUAD
-    n = sizes[...]
-    full = n > room - own
-    bound = jnp.where(full, jnp.nan, bounds[...][:, None])
-    place = jnp.arange(TILE)
-    scores = jnp.where(place < known + jnp.arange(QUERIES)[:, None], scores, jnp.nan).reshape(QUERIES, QUAD, own)
-    hit = scores >= bound[..., None]
-    at = n[..., None] + jnp.cumsum(hit, axis=2) - 1
-    pairs = lax.bitcast_convert_type(scores, jnp.int32), jnp.broadcast_to((key + place).reshape(QUAD, own), hit.shape)
-    kept = lists[...]
-    for i in range(own):
-        here = (jnp.arange(room) == at[:, :, i, None]) & hit[:, :, i, None]
-        pair = jnp.stack([x[:, :, i] for x in pairs], axis=-1)
-        kept = jnp.where(here[..., None], pair[:, :, None], kept)
-    lists[...] = kept
-    sizes[...] = jnp.where(full, FULL, n + jnp.sum(hit, axis=2))
-
-
-def _clear(_: Any, sizes: Any) -> None:
-    code = (
-        "{ .reg .u32 t, w, x; mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 31;"
-        " mad.lo.u32 x, w, 256, $0; mad.lo.u32 x, t, 4, x; st.shared.u32 [x], 0; st.shared.u32 [x + 128], 0; }"
-    )
-    llvm.inline_asm(None, [_address(sizes)], code, "r", has_side_effects=True)
-
-
-def _copy_sizes(segments: int, _: Any, sizes: Any, out: Any) -> None:
-    code = (
-        "{ .reg .u32 t, w, x, n; .reg .u64 at; mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5;"
-        " and.b32 t, t, 31; mad.lo.u32 x, w, 256, $0; mad.lo.u32 x, t, 4, x; shl.b32 w, w, 4; shr.u32 n, t, 2;"
-        f" add.u32 w, w, n; mad.wide.u32 at, w, {4 * segments}, $1; and.b32 t, t, 3; mad.wide.u32 at, t, 4, at;"
-        f" ld.shared.u32 n, [x]; st.global.u32 [at], n; ld.shared.u32 n, [x + 128];"
-        f" st.global.u32 [at + {32 * segments}], n; }}"
-    )
-    llvm.inline_asm(None, [_address(sizes), _address(out)], code, "r,l", has_side_effects=True)
+        plgpu.inline_mgpu(arg_types=(ref, ref))(gpu_filter.copy_sizes)(n_smem.at[wg], mine)
 
 
 def scores(
@@ -371,12 +233,12 @@ def scores(
     Args:
         q: [B, C, J, WIDTH] bfloat16, C a multiple of QUERIES.
         weights: [B, J, C] float32.
-        keys: [B, WIDTH, S] bfloat16 as `arrange` leaves them (in their own order with `interpret`), S a multiple of
-            TILE, scales multiplied in.
+        keys: [B, WIDTH, S] bfloat16 as `gpu_filter.arrange` leaves them (in their own order with `interpret`), S a
+            multiple of TILE, scales multiplied in.
         start: [B] int32.
         first: [1] int32, the first block, counted over all rows of the batch.
         wanted: [B * C // QUERIES] int32, zero for blocks that are left out.
-        tiles: [B] int32, of how many tiles of keys at most.
+        tiles: [B] int32, how many tiles of keys at most.
         rows: queries to score, a multiple of QUERIES; those past the end are left out.
         topk: blocks that see at most so many keys are left out.
         tuning: sizes.
@@ -386,7 +248,8 @@ def scores(
         [rows, S] float32, undefined for keys past a block's last tile.
     """
     out = jax.ShapeDtypeStruct((rows, keys.shape[2]), jnp.float32)
-    return _call(_score_body, out, (), (q, weights, keys, start, first, wanted, tiles), (), rows, topk, tuning, interpret)
+    inputs = q, weights, keys, start, first, wanted, tiles
+    return _call(_score_body, "index_scores", out, (), inputs, (), rows, topk, tuning, interpret)
 
 
 def candidates(
@@ -401,33 +264,28 @@ def candidates(
     tuning: Tuning = Tuning(),
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores as of `scores`, but only of the keys that reach their row's bound.
+    """Lists the keys that a query sees whose scores reach its bound.
 
     Args:
-        bounds: [rows] float32.
+        bounds: [rows] float32. Others as in `scores`.
 
     Returns:
-        lists: [rows, segments, room, 2] int32: bits of a score, and its key.
-        sizes: [rows, segments] int32, how many there are; FULL where there were too many. Undefined for blocks left
-            out.
+        lists: [rows, n, room, 2] int32: bits of a score, and its key.
+        sizes: [rows, n] int32, how many there are; FULL where there might have been too many.
     """
-    splits = tuning.splits(rows)
-    segments = splits * tuning.warpgroups * QUAD
-    out = (
-        jax.ShapeDtypeStruct((rows, segments, tuning.room(rows), 2), jnp.int32),
-        jax.ShapeDtypeStruct((rows, segments), jnp.int32),
-    )
+    n, room = tuning.lists(rows)
+    out = jax.ShapeDtypeStruct((rows, n, room, 2), jnp.int32), jax.ShapeDtypeStruct((rows, n), jnp.int32)
     scratch = plgpu.SMEM((QUERIES,), jnp.float32), plgpu.SMEM((tuning.warpgroups, QUERIES, QUAD), jnp.int32)
-    wanted, tiles = jnp.ones(q.shape[0] * q.shape[1] // QUERIES, jnp.int32), jnp.full_like(start, keys.shape[2] // TILE)
-    inputs = q, weights, keys, start, first, wanted, tiles
-    return _call(_list_body, out, scratch, inputs, (bounds,), rows, topk, tuning, interpret)
+    wanted = jnp.ones(q.shape[0] * q.shape[1] // QUERIES, jnp.int32)
+    inputs = q, weights, keys, start, first, wanted, jnp.full_like(start, keys.shape[2] // TILE)
+    return _call(_list_body, "index_candidates", out, scratch, inputs, (bounds,), rows, topk, tuning, interpret)
 
 
 def _call(
-    body: Any, out: Any, scratch: Any, inputs: tuple, more: tuple, rows: int, topk: int, tuning: Tuning, interpret: Any
-) -> Any:
-    q = inputs[0]
-    B, C, J, _ = q.shape
+    body: Any, name: str, out: Any, scratch: tuple, inputs: tuple, more: tuple, rows: int, topk: int, tuning: Tuning,
+    interpret: Any,
+) -> Any:  # fmt: skip
+    B, C, J, _ = inputs[0].shape
     splits = tuning.splits(rows)
     layout: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     program = _Program(rows, B * C // QUERIES, splits, topk, tuning, interpret is not None)
@@ -446,7 +304,7 @@ def _call(
         grid_names=("block", "split"),
         num_threads=tuning.warpgroups,
         thread_name="warpgroup",
-        kernel_name=body.__name__.strip("_"),
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,  # nothing is both read and written by threads
             lowering_semantics=plgpu.LoweringSemantics.Lane,

@@ -6,6 +6,7 @@ which scores equal to it are taken (only where there are too many), one to write
 data, nothing is kept but two counts. Half a MiB a pass at 128K.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.common import WORD
-from kernels_pallas.index_select.gpu_pieces import iota, ones, place_of, put
-from kernels_pallas.index_select.gpu_score import QUERIES
+from kernels_pallas.index_select.gpu_filter import QUERIES
+from kernels_pallas.index_select.gpu_pieces import iota, ones, place_of, put, tie_cut
 from kernels_pallas.index_select.gpu_search import search
 from kernels_pallas.index_select.sort_keys import score_of, sort_key
 
@@ -75,8 +76,8 @@ def _body(
     row, seen = place_of(start, first, r, rows, chunk, capacity)
     steps = lax.div(seen + (STEP - 1), STEP)
 
-    def fold(measure: Any, initial: tuple) -> tuple:
-        """Sums over all visible scores; measure: (scores, indices) → what to add, or for minima and maxima to join."""
+    def fold(measure: Callable[..., tuple], initial: tuple) -> tuple:
+        """Goes through all visible scores; measure: (what is known, scores, indices) → what is known then, by lane."""
 
         def step(i: jax.Array, carry: tuple) -> tuple:
             index = i * STEP + iota(STEP)
@@ -100,16 +101,10 @@ def _body(
         key, reach, above = search(count, sort_key(jnp.min(least)), sort_key(jnp.max(most)), seen, topk, 0)
         kth = score_of(key)
 
-        def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = state
-            middle = lax.div(low + high, 2)
-            taken = fold(lambda c, x, index: (c[0] + ones((x == kth) & (index < middle)),), (jnp.int32(0),))[0]
-            fits = jnp.sum(taken) <= topk - above
-            return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+        def equal_below(cut: jax.Array) -> jax.Array:
+            return jnp.sum(fold(lambda c, x, index: (c[0] + ones((x == kth) & (index < cut)),), (jnp.int32(0),))[0])
 
-        # Largest cut with at most the wanted ties below it, as in the reference; everything where all are wanted.
-        low = jnp.where(reach != topk, jnp.int32(0), jnp.int32(capacity))
-        cut, _ = lax.while_loop(lambda state: state[1] - state[0] > 1, halve, (low, jnp.int32(capacity + 1)))
+        cut = tie_cut(equal_below, reach, above, topk, capacity)
 
         def write(i: jax.Array, _: None) -> None:
             word = i * (STEP // WORD) + iota(STEP // WORD)
