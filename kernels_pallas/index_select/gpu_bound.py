@@ -1,12 +1,12 @@
-"""Bounds of the rows of a selection, by a sample of their scores, for `gpu_bits`. Triton body, a program of 4 warps a row.
+"""Bounds of the rows of a selection, by a sample of their scores, for `gpu_bits`. Triton body, 4 warps a row.
 
 One of every 32 keys (more where few are seen) is scored first. Of a row that sees n keys, of which m are in the sample,
-about k m / n sampled ones are among the k best, give or take a standard deviation of sqrt(k m / n (1 - k / n) (1 - m / n))
-for keys that come in any order. The bound is a score that so many and five deviations more of the sample reach: in one of
-a million rows fewer than k keys reach it, and on the average 1.2 k (8K) to 1.7 k (32K and more). Nothing depends on it but
-time: a row with too few or too many candidates is selected otherwise.
+some k m / n sampled ones are among the k best, with a standard deviation of sqrt(k m / n (1 - k / n) (1 - m / n)) for
+keys in any order. The bound is a score that so many and five deviations more of the sample reach: in one of a million
+rows fewer than k keys reach it, and on the average 1.2 k (8K) to 1.6 k (32K and more). Nothing depends on it but time:
+a row with too few or too many candidates is selected otherwise.
 
-Of each stride of keys one is taken, at a place that differs from stride to stride: whatever repeats along a sequence, as
+Of each stride of keys one is taken, at a place that differs from stride to stride: what repeats along a sequence, as
 rows of an image do, is sampled evenly, and neighbours that are alike make the estimate better, not worse.
 """
 
