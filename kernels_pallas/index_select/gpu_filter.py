@@ -35,16 +35,19 @@ _THREAD = "mov.u32 t, %tid.x; and.b32 t, t, 127; shr.u32 w, t, 5; and.b32 t, t, 
 def arrange(keys: jax.Array) -> jax.Array:
     """[B, S, I] keys → [B, I, S], in the column order that gives each pair of threads of a wgmma whole units of 8.
 
-    In an accumulator, thread q of a quad holds columns 8i + 2q + b (b = 0, 1). Of a group of 32 keys, threads 2p and
-    2p + 1 get units 2p and 2p + 1, the even thread the first four keys of both, in order.
+    In an accumulator, thread q of a quad holds columns 8i + 2q + b (b = 0, 1). With p = q ^ (tile % 4), it gets of each
+    group of 32 keys four from 16 (p / 2) + 4 (p % 2) on and the four of the next unit: so whatever comes again after
+    some power of two of keys does not all fall to one thread.
     """
-    B, S, I = keys.shape  # noqa: E741
-    # Pair, unit, parity, high and low bit of the place → unit, high bit, pair, parity, low bit.
-    return keys.reshape(B, S // 32, 2, 2, 2, 2, 2, I).transpose(0, 7, 1, 3, 5, 2, 4, 6).reshape(B, I, S)
+    column = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    unit, high, low = (column >> 4) & 1, (column >> 3) & 1, column & 1
+    p = ((column >> 1) ^ (column >> 7)) & 3
+    key = (column & ~31) | (p >> 1 << 4) | (unit << 3) | ((p & 1) << 2) | (high << 1) | low
+    return keys.at[:, key].get(mode="promise_in_bounds").transpose(0, 2, 1)
 
 
-def store(_: Any, scores: Any, out: ir.Value) -> None:
-    """Writes a [QUERIES, TILE] accumulator."""
+def store(_: Any, scores: Any, key: Any, out: ir.Value) -> None:
+    """Writes a [QUERIES, TILE] accumulator of the keys from `key` on."""
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
 
     def const(value: int) -> ir.Value:
@@ -57,7 +60,8 @@ def store(_: Any, scores: Any, out: ir.Value) -> None:
     thread = arith.andi(mgpu.utils.thread_idx(), const(127))
     lane = arith.andi(thread, const(31))
     row = arith.addi(times(arith.shrui(thread, const(5)), 16), arith.shrui(lane, const(2)))
-    pair = arith.addi(times(arith.andi(lane, const(2)), 8), times(arith.andi(lane, const(1)), 4))
+    p = arith.xori(lane, arith.shrui(key.registers.item(), const(7)))
+    pair = arith.addi(times(arith.andi(p, const(2)), 8), times(arith.andi(p, const(1)), 4))
     # Generic stores would have to find out first that this is not shared memory.
     base = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(out))
     base = mgpu.utils.getelementptr(base, [arith.addi(times(row, stride), pair)], f32)
@@ -112,7 +116,8 @@ def append(_: Any, scores: Any, key: Any, known: Any, bounds: Any, sizes: Any, l
             f"shr.u32 x, t, 2; mad.lo.u32 w, w, 16, x; add.u32 w, w, {half * 8};",
             f"mad.lo.u32 x, w, 4, {bound}; ld.shared.f32 bound, [x]; ld.shared.u32 n, [size];",
             f"mad.wide.u32 list, w, {row_bytes}, {at}; and.b32 x, t, 3; mad.wide.u32 list, x, {list_bytes}, list;",
-            "and.b32 x, t, 2; shl.b32 own, x, 3; and.b32 x, t, 1; mad.lo.u32 own, x, 4, own;",
+            f"shr.u32 x, {first}, 7; xor.b32 x, x, t; and.b32 own, x, 2; shl.b32 own, own, 3;",
+            "and.b32 x, x, 1; mad.lo.u32 own, x, 4, own;",
             f"setp.gt.u32 p, n, {room - n}; selp.b32 n, {FULL}, n, p; selp.f32 bound, {_NAN}, bound, p;",
             "mad.wide.u32 at, n, 8, list;",
             *(f"mov.f32 v{i}, ${i};" for i in range(n)),

@@ -116,14 +116,20 @@ class _Program:
         # Rows that see at most topk keys are selected without scores.
         tiles = jnp.where(inside & (last >= self.topk) & (wanted[block] != 0), tiles, 0)
         mine, step = lax.axis_index("split") * self.tuning.warpgroups + wg, self.splits * self.tuning.warpgroups
-        count = lax.div(tiles - mine + step - 1, step)
+
+        def place(i: jax.Array) -> jax.Array:
+            """Which of `step` tiles is the own i-th: no regular one, as what is selected may come regularly."""
+            return lax.rem(mine + lax.shift_right_logical(i * jnp.int32(-1640531535), 16), step)
+
+        full = lax.div(tiles, step)
+        count = full + jnp.where(place(full) < lax.rem(tiles, step), 1, 0)
         rows = pl.ds(own * QUERIES, QUERIES)
 
         def fetch(i: jax.Array) -> None:
             @pl.when(i < count)
             def _load_keys() -> None:
                 slot = lax.rem(i, BUFFERS)
-                tile = keys.at[b, :, pl.ds((mine + i * step) * TILE, TILE)]
+                tile = keys.at[b, :, pl.ds((i * step + place(i)) * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(tile, k_smem.at[wg, slot], k_ready.at[wg * BUFFERS + slot])
 
         def pin(x: jax.Array) -> jax.Array:
@@ -159,7 +165,7 @@ class _Program:
             x, _ = multiply(0, partial(fetch, i + 1))  # into the buffer of the tile before, which is done with
             carry = lax.fori_loop(0, (J - 1) // 2, two_heads, (zero, x))
             scores, x = carry if J % 2 else head(J - 1, carry)
-            put(rows, mine + i * step, start[b] + c + 1, add(scores, J - 1, x))
+            put(rows, i * step + place(i), start[b] + c + 1, add(scores, J - 1, x))
 
         @pl.when(tiles > 0)
         def _run() -> None:
@@ -184,7 +190,8 @@ def _score_body(*refs: Any, program: _Program) -> None:
         if program.interpret:  # where keys are in their own order
             out_tile[...] = scores
         else:
-            plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(gpu_filter.store)(scores, out_tile)
+            types = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
+            plgpu.inline_mgpu(arg_types=types)(gpu_filter.store)(scores, tile * TILE, out_tile)
 
     program.walk(inputs, scratch, (), put)
 

@@ -220,11 +220,12 @@ def test_sampled_keys(start: int, chunk: int, tiles: int) -> None:
 
 def test_arranged_keys() -> None:
     """Thread q of a quad holds columns 8i + 2q and 8i + 2q + 1 of each tile: with its neighbour whole units."""
-    keys = jnp.arange(256, dtype=jnp.int32).reshape(1, 256, 1)
-    columns = np.asarray(gpu_filter.arrange(keys))[0, 0].reshape(2, 16, 4, 2)  # tile, i, q, b
-    for tile, q, group, unit in np.ndindex(2, 4, 4, 2):
+    keys = jnp.arange(512, dtype=jnp.int32).reshape(1, 512, 1)
+    columns = np.asarray(gpu_filter.arrange(keys))[0, 0].reshape(4, 16, 4, 2)  # tile, i, q, b
+    for tile, q, group, unit in np.ndindex(4, 4, 4, 2):
         held = columns[tile, 4 * group + 2 * unit : 4 * group + 2 * unit + 2, q].ravel()
-        first = 128 * tile + 32 * group + 8 * (q // 2 * 2 + unit) + 4 * (q % 2)
+        p = q ^ tile
+        first = 128 * tile + 32 * group + 8 * (p // 2 * 2 + unit) + 4 * (p % 2)
         np.testing.assert_array_equal(held, first + np.arange(4))
 
 
@@ -259,7 +260,8 @@ def test_whole(
 
     monkeypatch.setattr(gpu_topk, "select_rows", watched)
     tuning = gpu_bits.Tuning(128, 64 * capacity, SCORE, SCORE, KTH)
-    actual = jax.jit(lambda *args: gpu_bits.select_bits(*args, K, tuning, InterpretGPUParams()))(*args)
+    select = jax.jit(partial(gpu_bits.select_bits, topk=K, tuning=tuning, interpret=InterpretGPUParams()))
+    actual = select(*args)
     np.testing.assert_array_equal(actual, expected)
     jax.effects_barrier()
     marked = left[0].reshape(B, -1)[0, :C]
