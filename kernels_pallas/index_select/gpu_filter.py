@@ -39,11 +39,14 @@ def arrange(keys: jax.Array) -> jax.Array:
     group of 32 keys four from 16 (p / 2) + 4 (p % 2) on and the four of the next unit: so whatever comes again after
     some power of two of keys does not all fall to one thread.
     """
-    column = jnp.arange(keys.shape[1], dtype=jnp.int32)
-    unit, high, low = (column >> 4) & 1, (column >> 3) & 1, column & 1
-    p = ((column >> 1) ^ (column >> 7)) & 3
-    key = (column & ~31) | (p >> 1 << 4) | (unit << 3) | ((p & 1) << 2) | (high << 1) | low
-    return keys.at[:, key].get(mode="promise_in_bounds").transpose(0, 2, 1)
+    B, S, I = keys.shape  # noqa: E741
+    # Pair, unit, parity, high and low bit of the place → unit, high bit, pair, parity, low bit.
+    x = keys.reshape(B, S // 32, 2, 2, 2, 2, 2, I).transpose(0, 7, 1, 3, 5, 2, 4, 6)
+    x = x.reshape(B, I, S // TILE, 16, 2, 2, 2)
+    tile = jnp.arange(S // TILE).reshape(-1, 1, 1, 1, 1)
+    for bit, axis in (1, 5), (2, 4):  # a gather of the columns takes 60 us at 128K
+        x = jnp.where(tile & bit, jnp.flip(x, axis), x)
+    return x.reshape(B, I, S)
 
 
 def store(_: Any, scores: Any, key: Any, out: ir.Value) -> None:

@@ -1,9 +1,10 @@
 """Exact causal top-k of rows of scores, as bits, for the rows whose candidates `gpu_score` could not list. Triton body,
-one program of 16 warps a row; programs of other rows end at once.
+one program of 4 warps a row; programs of other rows end at once.
 
 Simple, not fast: ten to twenty passes over the row to find its k-th score by counting, as many to find the index below
 which scores equal to it are taken (only where there are too many), one to write the words. Nothing is assumed about the
-data, nothing is kept but two counts. Half a MiB a pass at 128K.
+data, nothing is kept but two counts. Measured: half a millisecond for six rows of 128K; with 16 warps a row as long,
+and 3 us more a launch where no row is wanted.
 """
 
 from collections.abc import Callable
@@ -22,8 +23,8 @@ from kernels_pallas.index_select.gpu_pieces import iota, ones, place_of, put, ti
 from kernels_pallas.index_select.gpu_search import search
 from kernels_pallas.index_select.sort_keys import score_of, sort_key
 
-WARPS = 16
-STEP = 8192
+WARPS = 4
+STEP = 1024
 """Scores that are looked at in a step."""
 
 
