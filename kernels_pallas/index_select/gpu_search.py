@@ -88,8 +88,8 @@ def search(
     low: jax.Array,
     high: jax.Array,
     n: jax.Array,
-    topk: int,
-    slack: int,
+    topk: jax.Array | int,
+    slack: jax.Array | int,
     guess: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds a threshold that topk to topk + slack of the keys reach, or the topk-th key where equal keys leave none.
