@@ -1,6 +1,7 @@
 """The only door to the kernels: model code imports their public functions from here."""
 
-from kernels_pallas.common import einsum_f32, scatter_slots, unpack_bits, write_slots
+from kernels_pallas.chunk_inputs import IndexInputs, chunk_inputs, index_inputs
+from kernels_pallas.common import einsum_f32, unpack_bits
 from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
 from kernels_pallas.fused_linear import fused_linear, gelu_mlp
@@ -18,6 +19,7 @@ from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend
 
 __all__ = [
     "Caches",
+    "IndexInputs",
     "Quantized",
     "Tables",
     "Weights",
@@ -26,6 +28,7 @@ __all__ = [
     "attend_ids",
     "attend_ids_lse",
     "choose_experts",
+    "chunk_inputs",
     "decode_inputs",
     "einsum_f32",
     "experts_add",
@@ -34,6 +37,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "hadamard",
+    "index_inputs",
     "layer_norm",
     "moe_step",
     "norm_route",
@@ -47,7 +51,6 @@ __all__ = [
     "round_e4m3",
     "runs_kernels",
     "scaled",
-    "scatter_slots",
     "scores_at",
     "segment_attention",
     "select_bits",
@@ -56,5 +59,4 @@ __all__ = [
     "spread_rows",
     "unpack_bits",
     "values_of",
-    "write_slots",
 ]
