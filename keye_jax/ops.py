@@ -10,9 +10,10 @@ from kernels_pallas.grouped_matmul.decode import experts_add, moe_step, norm_rou
 from kernels_pallas.index_select import scores_at, select_bits, select_ids
 from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
-from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
+from kernels_pallas.numerics import hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
 from kernels_pallas.quantized import Quantized, pick, scaled, values_of
+from kernels_pallas.routing import choose_experts, place
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
@@ -42,6 +43,7 @@ __all__ = [
     "moe_step",
     "norm_route",
     "pick",
+    "place",
     "plain_layer_norm",
     "project_add",
     "quantise",
