@@ -1,11 +1,10 @@
 """chunk_inputs on NVIDIA GPUs: two products, then one Triton kernel over blocks of head vectors (float8 caches need Ada
 or Hopper).
 
-Schedule. XLA norms and multiplies: queries; keys, values and index queries side by side; index keys and gates, whose 80
-columns would cost the product before them more than their own. The kernel's programs then take blocks of (token, head)
-rows of one kind each: index queries, index keys, keys with their values, queries. A block is read once, normed,
-rotated, transformed and quantised in registers (`halves`), and written where attention and the selection read it; keys,
-values and index keys go straight to their slots of the caches.
+Schedule. XLA norms and multiplies: queries apart, the five other projections as one product. The kernel's programs then
+take blocks of (token, head) rows of one kind each: index queries, index keys, keys with their values, queries. A block
+is read once, normed, rotated, transformed and quantised in registers (`halves`), and written where attention and the
+selection read it; keys, values and index keys go straight to their slots of the caches.
 
 Floor: the projections read and as much written, 214 MB for 8,192 tokens of the published model: 50 us at 4.3 TB/s.
 """
@@ -28,6 +27,8 @@ from kernels_pallas.numerics import rms_norm
 from kernels_pallas.quantized import Quantized, pick, values_of
 from kernels_pallas.quantized import Weights as Matrix
 
+LINE = 128
+"""Columns of a product are a multiple of this: heads begin at whole memory lines, 6 of 64 us."""
 _FLOATS = (jnp.float32, jnp.bfloat16)
 
 
@@ -78,14 +79,13 @@ def chunk_inputs(
     H, G, J, I = weights.q.shape[2], weights.k.shape[2], *weights.idx_q.shape[2:]  # noqa: E741
     N = B * C
     a = rms_norm(h, pick(weights.norm, layer), eps).reshape(N, D)
-    q, k, v, idx_q, idx_k, gate = (pick(matrix, layer) for matrix in weights.projections)
+    q, *others = (pick(matrix, layer) for matrix in weights.projections)
     inputs = (
         jnp.asarray(layer, jnp.int32).reshape(1),
         start.astype(jnp.int32),
         valid.astype(jnp.int32),
         _product(a, [q]),
-        _product(a, [k, v, idx_q]),
-        _product(a, [idx_k, gate]),
+        _product(a, others),
         *weights[7:],
         *(table.reshape(N, -1) for table in tables),
     )
@@ -96,7 +96,7 @@ def chunk_inputs(
         jax.ShapeDtypeStruct((N, J), jnp.float32),
         *(jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in live),
     ]
-    q_out, idx_q_out, idx_weights, *written = pl.pallas_call(
+    out_q, idx_q, idx_weights, *written = pl.pallas_call(
         partial(_body, length=C, eps=eps, caches=len(live), tuning=tuning),
         out_shape=shapes,
         grid=(sum(_programs(tuning, N, H, G, J)),),
@@ -106,25 +106,28 @@ def chunk_inputs(
         name="chunk_inputs",
     )(*inputs, *live)
     return ChunkInputs(
-        q_out.reshape(B, C, *q_out.shape[1:]),
-        idx_q_out.reshape(B, C, J, I),
+        out_q.reshape(B, C, *out_q.shape[1:]),
+        idx_q.reshape(B, C, J, I),
         idx_weights.reshape(B, C, J),
         Caches(written[0], written[1], *(written[2:] or [None])),
     )
 
 
 def _product(a: jax.Array, matrices: Sequence[Matrix]) -> jax.Array:
-    """a [N, D] times matrices [D, ...] side by side: [N, all their columns], rounded once to the dtype of a."""
+    """a [N, D] times matrices [D, ...] side by side: [N, all their columns and zeros up to whole memory lines], rounded
+    once to the dtype of a."""
     flat = [values_of(matrix, a.dtype).reshape(a.shape[1], -1) for matrix in matrices]
     joined = jnp.concatenate(flat, axis=1)
-    if not any(isinstance(matrix, Quantized) for matrix in matrices) and a.dtype == jnp.bfloat16:
-        # The library adds in float32 and rounds its sums. Asked for float32 sums, XLA rounds them in a kernel of its own.
-        return jnp.dot(a, joined, preferred_element_type=a.dtype)
-    scales = [
-        matrix.scale.reshape(-1) if isinstance(matrix, Quantized) else jnp.ones(values.shape[1], jnp.float32)
-        for matrix, values in zip(matrices, flat, strict=True)
-    ]
-    return (einsum_f32("nd,df->nf", a, joined) * jnp.concatenate(scales)).astype(a.dtype)
+    spare = -joined.shape[1] % LINE
+    # The sums are asked for in float32: XLA is free to add up bfloat16 products in bfloat16.
+    product = einsum_f32("nd,df->nf", a, jnp.pad(joined, ((0, 0), (0, spare))))
+    if any(isinstance(matrix, Quantized) for matrix in matrices):
+        scales = [
+            matrix.scale.reshape(-1) if isinstance(matrix, Quantized) else jnp.ones(values.shape[1], jnp.float32)
+            for matrix, values in zip(matrices, flat, strict=True)
+        ]
+        product = product * jnp.pad(jnp.concatenate(scales), (0, spare))
+    return product.astype(a.dtype)
 
 
 def _programs(tuning: Tuning, tokens: int, H: int, G: int, J: int) -> tuple[int, int, int, int]:
@@ -138,23 +141,26 @@ def _programs(tuning: Tuning, tokens: int, H: int, G: int, J: int) -> tuple[int,
 
 
 def _body(*refs: Any, length: int, eps: float, caches: int, tuning: Tuning) -> None:
-    layer_ref, start_ref, valid_ref, q_in, wide, narrow = refs[:6]
-    q_norm, k_norm, idx_q_norm, idx_k_norm, idx_k_bias = refs[6:11]
-    cos, sin, idx_cos, idx_sin = refs[11:15]
-    q_ref, idx_q_ref, weights_ref, *cache_refs = refs[15 + caches :]
+    layer_ref, start_ref, valid_ref, q_in, others = refs[:5]
+    q_norm, k_norm, idx_q_norm, idx_k_norm, idx_k_bias = refs[5:10]
+    cos, sin, idx_cos, idx_sin = refs[10:14]
+    q_ref, idx_q_ref, weights_ref, *cache_refs = refs[14 + caches :]
     kv_ref, idx_k_ref = cache_refs[:2]
     scale_ref = cache_refs[2] if caches == 3 else None
     N, H, K = q_ref.shape
     J, I = idx_q_ref.shape[1:]  # noqa: E741
     G, S = kv_ref.shape[4], kv_ref.shape[2]
+    # Where each projection's columns begin among the others.
+    at_v, at_idx_q = G * K, 2 * G * K
+    at_idx_k, at_gate = at_idx_q + J * I, at_idx_q + (J + 1) * I
     layer = layer_ref[0]
 
     def index_queries(part: jax.Array) -> None:
         rows = _Rows.block(I, tuning.index_queries, J, N, part, MMA)
         weight, turn = rows.vector(idx_q_norm, layer), rows.turn(idx_cos, idx_sin, rows.token, rows.live)
-        halves = rows.load(wide, 2 * G * K)
+        halves = rows.load(others, at_idx_q)
         token, head, live = (x[:, 0] for x in (rows.token, rows.head, rows.live))
-        gate = plt.load(narrow.at[token, I + head], mask=live, other=0.0).astype(jnp.float32)
+        gate = plt.load(others.at[token, at_gate + head], mask=live, other=0.0).astype(jnp.float32)
         halves = rows.hadamard(rows.rotate(rows.rms_norm(halves, weight, eps), turn))
         weights = gate * I**-0.5
         if scale_ref is not None:
@@ -168,7 +174,7 @@ def _body(*refs: Any, length: int, eps: float, caches: int, tuning: Tuning) -> N
         weight, bias = rows.vector(idx_k_norm, layer), rows.vector(idx_k_bias, layer)
         turn = rows.turn(idx_cos, idx_sin, rows.token, rows.live)
         row, slot, written = rows.slots(start_ref, valid_ref, length, S)
-        halves = rows.layer_norm(rows.load(narrow, 0), weight, bias, eps)
+        halves = rows.layer_norm(rows.load(others, at_idx_k), weight, bias, eps)
         halves = rows.hadamard(rows.rotate(halves, turn))
         at = jnp.full_like(row, layer)
         if scale_ref is not None:
@@ -180,7 +186,7 @@ def _body(*refs: Any, length: int, eps: float, caches: int, tuning: Tuning) -> N
         rows = _Rows.block(K, tuning.keys, G, N, part)
         weight, turn = rows.vector(k_norm, layer), rows.turn(cos, sin, rows.token, rows.live)
         row, slot, written = rows.slots(start_ref, valid_ref, length, S)
-        halves, values = rows.load(wide, 0), rows.load(wide, G * K)
+        halves, values = rows.load(others, 0), rows.load(others, at_v)
         halves = rows.rotate(rows.rms_norm(halves, weight, eps), turn)
         at = jnp.full_like(row, layer)
         for i, vectors in enumerate((halves, values)):
