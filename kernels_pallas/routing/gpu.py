@@ -4,8 +4,8 @@ Schedule. `choose_experts` holds the probabilities of some tokens in registers a
 counts: one launch leaves each pair's rank among its expert's pairs of a block of tokens (a triangle of ones times the
 one-hot choices) and the block's counts; the next adds the counts of earlier blocks and lower experts.
 
-8,192 tokens, 128 experts: a few MB move, so launches are the floor. XLA sorts whole rows (29 us) and takes twelve
-launches.
+8,192 tokens, 128 experts, one H200: 6.5, 5.5 and 7.6 us, where XLA sorts whole rows (29 us) and takes 58 us in twelve
+launches. Blocks of 128 tokens spill registers (29 us), of 32 double the counts that a program adds up (12 us).
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ def place(
     """See `kernels_pallas.routing.place`."""
     N, k = experts.shape
     blocks = pl.cdiv(N, BLOCK)
-    params = plt.CompilerParams(num_warps=4, num_stages=1)
+    params = plt.CompilerParams(num_warps=8, num_stages=1)
     ranks, counts = pl.pallas_call(
         _count_body,
         out_shape=(
