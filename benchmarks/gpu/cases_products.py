@@ -255,7 +255,7 @@ def _chunk_inputs(
 ) -> tuple[Any, ...]:
     """Arguments of `chunk_inputs` up to valid; the last row has padding behind it."""
     B, C = len(start), tokens
-    _, weights, _, caches, layer, first = _step_inputs(seed, start, S, dtype, config)
+    _, weights, _, caches, layer, first = step_inputs(seed, start, S, dtype, config)
     (h,) = _normal(seed + 4, (B * C, config.text.hidden_size))
     widths = (config.text.head_dim, config.sparse.indexer_head_dim)
     angles = (jax.random.uniform(jax.random.key(seed + 5), (B, C, width // 2), maxval=6.3) for width in widths)
