@@ -18,15 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from keye_jax.config import KeyeConfig
-from keye_jax.indexer import IndexInputs
-from keye_jax.ops import scatter_slots, write_slots
 
 Cache = dict[str, jax.Array]
 
 CAPACITY_STEP = 128
 """Capacities are multiples of this: the selection packs 32 keys a word, and tiles of keys divide evenly."""
 
-_INDEX_DTYPES = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16, "float32": jnp.float32}
+INDEX_DTYPES = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def abstract_cache(config: KeyeConfig, batch: int, capacity: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -41,7 +39,7 @@ def abstract_cache(config: KeyeConfig, batch: int, capacity: int, dtype: Any) ->
     slots = (t.num_hidden_layers, batch, capacity)
     cache = {
         "kv": jax.ShapeDtypeStruct((*slots, 2, t.num_key_value_heads, t.head_dim), dtype),
-        "idx_k": jax.ShapeDtypeStruct((*slots, s.indexer_head_dim), _INDEX_DTYPES[s.indexer_dtype]),
+        "idx_k": jax.ShapeDtypeStruct((*slots, s.indexer_head_dim), INDEX_DTYPES[s.indexer_dtype]),
         "length": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
     if s.indexer_dtype == "fp8":
@@ -53,25 +51,3 @@ def init_cache(config: KeyeConfig, batch: int, capacity: int, dtype: Any) -> Cac
     """An empty cache; see `abstract_cache`."""
     # Zeros, not empty: unwritten slots take part in masked sums, where a NaN would survive the mask.
     return {k: jnp.zeros(v.shape, v.dtype) for k, v in abstract_cache(config, batch, capacity, dtype).items()}
-
-
-def append(
-    cache: Cache,
-    layer: jax.Array,
-    start: jax.Array,
-    valid: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    index: IndexInputs,
-) -> Cache:
-    """Writes one layer's rows of a chunk.
-
-    Args:
-        start, valid: [B] int32, as in `write_slots`.
-        k, v: [B, C, G, K].
-        index: the chunk's index keys.
-    """
-    new = {"idx_k": index.k} if index.k_scale is None else {"idx_k": index.k, "idx_scale": index.k_scale}
-    written = {name: write_slots(cache[name], rows, layer, start, valid) for name, rows in new.items()}
-    written["kv"] = scatter_slots(cache["kv"], jnp.stack([k, v], axis=2), layer, start, valid)
-    return {**cache, **written}

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from keye_jax import distributed, ops
-from keye_jax.cache import Cache, append
+from keye_jax.cache import Cache
 from keye_jax.config import KeyeConfig, indexer_sections
-from keye_jax.indexer import index_inputs
 from keye_jax.layers import project, weights_of
 from keye_jax.moe import moe
-from keye_jax.ops import einsum_f32, rms_norm, rotate, scaled, values_of
+from keye_jax.ops import einsum_f32, pick, rms_norm, scaled, values_of
 from keye_jax.parallel import ALONE, UNDIVIDED, Axis, Layout
 from keye_jax.rope import mrope_tables
 
@@ -83,24 +82,21 @@ def decoder_layer(
         The new residual stream and the cache with this layer's rows written (`length` unchanged).
     """
     experts = {name: stack["moe"][name] for name in ("gate_up_proj", "down_proj")}
-    small = {**stack, "moe": {"router": stack["moe"]["router"]}}
-    params = jax.tree.map(lambda w: w[layer], small)
-    eps = config.text.rms_norm_eps
     with jax.named_scope("attention"):
-        a = rms_norm(h, params["input_layernorm"], eps)
-        out, cache = _attention(params, layer, a, cache, tables, valid, config, layout)
+        out, cache = _attention(stack, layer, h, cache, tables, valid, config, layout)
         h = h + out
     with jax.named_scope("moe"):
-        m = rms_norm(h, params["post_attention_layernorm"], eps)
+        m = rms_norm(h, stack["post_attention_layernorm"][layer], config.text.rms_norm_eps)
         B, C, D = m.shape
-        h = h + moe(params["moe"], experts, layer, m.reshape(B * C, D), config.text, layout.experts).reshape(B, C, D)
+        router = {"router": stack["moe"]["router"][layer]}
+        h = h + moe(router, experts, layer, m.reshape(B * C, D), config.text, layout.experts).reshape(B, C, D)
     return h, cache
 
 
 def _attention(
-    params: dict[str, Any],
+    stack: dict[str, Any],
     layer: jax.Array,
-    a: jax.Array,
+    h: jax.Array,
     cache: Cache,
     tables: tuple[Tables, Tables],
     valid: jax.Array,
@@ -109,19 +105,22 @@ def _attention(
 ) -> tuple[jax.Array, Cache]:
     axis = layout.context
     heads = axis.over(config.text.num_attention_heads)
-    attn, eps = params["attn"], config.text.rms_norm_eps
-    (cos, sin), (index_cos, index_sin) = tables
     start = cache["length"]
-    q = rms_norm(project("bcd,dhk->bchk", a, attn["q_proj"]), attn["q_norm"], eps)
-    k = rms_norm(project("bcd,dgk->bcgk", a, attn["k_proj"]), attn["k_norm"], eps)
-    v = project("bcd,dgk->bcgk", a, attn["v_proj"])
-    q, k = heads.gather(rotate(q, cos, sin), 2), rotate(k, cos, sin)
-    index = index_inputs(params["indexer"], a, index_cos, index_sin, config)
-
-    cache = append(cache, layer, start - axis.index() * cache["kv"].shape[2], valid, k, v, index)
+    inputs = ops.chunk_inputs(
+        h,
+        _input_weights(stack),
+        ops.Tables(*(table for pair in tables for table in pair)),
+        ops.Caches(cache["kv"], cache["idx_k"], cache.get("idx_scale")),
+        layer,
+        start - axis.index() * cache["kv"].shape[2],
+        valid,
+        config.text.rms_norm_eps,
+    )
+    cache = _with_caches(cache, inputs.caches)
+    q, o_proj = heads.gather(inputs.q, 2), pick(stack["attn"]["o_proj"], layer)
     selection = (
-        index.q,
-        index.weights,
+        inputs.idx_q,
+        inputs.idx_weights,
         cache["idx_k"],
         cache.get("idx_scale"),
         layer,
@@ -133,8 +132,25 @@ def _attention(
     if "selected" in cache:
         cache = {**cache, "selected": cache["selected"] + ops.unpack_bits(bits)}
     out = distributed.attend_bits(q, cache["kv"], layer, bits, start, config.sparse.topk, axis)
-    product = heads.sum(einsum_f32("bchk,hkd->bcd", out, values_of(attn["o_proj"], a.dtype)))
-    return scaled(product, attn["o_proj"]).astype(a.dtype), cache
+    product = heads.sum(einsum_f32("bchk,hkd->bcd", out, values_of(o_proj, h.dtype)))
+    return scaled(product, o_proj).astype(h.dtype), cache
+
+
+def _input_weights(stack: dict[str, Any]) -> ops.Weights:
+    """What an attention block needs before attention, of all layers."""
+    attn, indexer = stack["attn"], stack["indexer"]
+    return ops.Weights(
+        stack["input_layernorm"],
+        *(attn[name] for name in ("q_proj", "k_proj", "v_proj")),
+        *(indexer[name] for name in ("q_proj", "k_proj", "gate_proj")),
+        *(attn[name] for name in ("q_norm", "k_norm")),
+        *(indexer[name] for name in ("q_norm", "k_norm", "k_norm_bias")),
+    )
+
+
+def _with_caches(cache: Cache, caches: ops.Caches) -> Cache:
+    """`cache` with other contents."""
+    return {**cache, **{name: array for name, array in caches._asdict().items() if array is not None}}
 
 
 def decode_layer(
@@ -150,18 +166,12 @@ def decode_layer(
     """`decoder_layer` for one token a row: h [B, 1, D]."""
     axis = layout.context
     heads = axis.over(config.text.num_attention_heads)
-    attn, indexer, eps = stack["attn"], stack["indexer"], config.text.rms_norm_eps
+    eps = config.text.rms_norm_eps
     rows, start, capacity = h[:, 0], cache["length"], cache["kv"].shape[2]
     with jax.named_scope("attention"):
         inputs = ops.decode_inputs(
             rows,
-            ops.Weights(
-                stack["input_layernorm"],
-                *(attn[name] for name in ("q_proj", "k_proj", "v_proj")),
-                *(indexer[name] for name in ("q_proj", "k_proj", "gate_proj")),
-                *(attn[name] for name in ("q_norm", "k_norm")),
-                *(indexer[name] for name in ("q_norm", "k_norm", "k_norm_bias")),
-            ),
+            _input_weights(stack),
             ops.Tables(*(table[:, 0] for pair in tables for table in pair)),
             ops.Caches(cache["kv"], cache["idx_k"], cache.get("idx_scale")),
             layer,
@@ -180,7 +190,7 @@ def decode_layer(
             axis,
         )
         out = distributed.attend_ids(heads.gather(inputs.q, 1), kv, layer, ids, axis)
-        rows = distributed.project_add(out, attn["o_proj"], layer, rows, heads)
+        rows = distributed.project_add(out, stack["attn"]["o_proj"], layer, rows, heads)
     with jax.named_scope("moe"):
         rows = distributed.moe_step(
             rows,
@@ -194,8 +204,7 @@ def decode_layer(
             eps,
             layout.experts.over(config.text.num_experts),
         )
-    cache = {**cache, "kv": kv, "idx_k": idx_k}
-    return rows[:, None], cache if idx_scale is None else {**cache, "idx_scale": idx_scale}
+    return rows[:, None], _with_caches(cache, inputs.caches)
 
 
 def decoder(

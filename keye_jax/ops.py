@@ -1,6 +1,7 @@
 """The only door to the kernels: model code imports their public functions from here."""
 
-from kernels_pallas.common import einsum_f32, scatter_slots, unpack_bits, write_slots
+from kernels_pallas.chunk_inputs import IndexInputs, chunk_inputs, index_inputs
+from kernels_pallas.common import einsum_f32, unpack_bits
 from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.dispatch import reference_only, runs_kernels
 from kernels_pallas.fused_linear import fused_linear, gelu_mlp
@@ -9,15 +10,17 @@ from kernels_pallas.grouped_matmul.decode import experts_add, moe_step, norm_rou
 from kernels_pallas.index_select import scores_at, select_bits, select_ids
 from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
-from kernels_pallas.numerics import choose_experts, hadamard, quantise, rms_norm, rotate, round_e4m3
+from kernels_pallas.numerics import hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
 from kernels_pallas.quantized import Quantized, pick, scaled, values_of
+from kernels_pallas.routing import choose_experts, place
 from kernels_pallas.segment_attention import segment_attention
 from kernels_pallas.skinny_matmul import project_add
 from kernels_pallas.sparse_attention import attend_bits, attend_bits_lse, attend_ids, attend_ids_lse
 
 __all__ = [
     "Caches",
+    "IndexInputs",
     "Quantized",
     "Tables",
     "Weights",
@@ -26,6 +29,7 @@ __all__ = [
     "attend_ids",
     "attend_ids_lse",
     "choose_experts",
+    "chunk_inputs",
     "decode_inputs",
     "einsum_f32",
     "experts_add",
@@ -34,10 +38,12 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "hadamard",
+    "index_inputs",
     "layer_norm",
     "moe_step",
     "norm_route",
     "pick",
+    "place",
     "plain_layer_norm",
     "project_add",
     "quantise",
@@ -47,7 +53,6 @@ __all__ = [
     "round_e4m3",
     "runs_kernels",
     "scaled",
-    "scatter_slots",
     "scores_at",
     "segment_attention",
     "select_bits",
@@ -56,5 +61,4 @@ __all__ = [
     "spread_rows",
     "unpack_bits",
     "values_of",
-    "write_slots",
 ]

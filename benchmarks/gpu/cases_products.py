@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from benchmarks.gpu.cases import LAYERS, Sizes
 from benchmarks.gpu.checks import BF16, Case, rounding
-from kernels_pallas import fused_linear, grouped_matmul, layer_norm, skinny_matmul
+from kernels_pallas import fused_linear, grouped_matmul, layer_norm, routing, skinny_matmul
+from kernels_pallas.chunk_inputs import chunk_inputs
 from kernels_pallas.common import einsum_f32
 from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
 from kernels_pallas.grouped_matmul.decode import expert_down, expert_swiglu, moe_step, norm_route
@@ -21,7 +22,7 @@ LAST = LAYERS - 1
 
 def product_cases(config: KeyeConfig, sizes: Sizes) -> list[Case]:
     """Of the products, for a model's sizes."""
-    parts = (_experts, _decode, _decode_experts, _vision)
+    parts = (_experts, _decode, _decode_experts, _vision, _chunk)
     return [case for part in parts for case in part(config, sizes)]
 
 
@@ -244,3 +245,47 @@ def _vision(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
         yield Case(f"layer_norm {rows} rows", _layer_norm(v.layer_norm_eps), norm, rounding, 1)
         make = partial(_mlp_inputs, 250, rows, (C, M))
         yield Case(f"gelu_mlp {rows} rows", fused_linear.gelu_mlp, make, rounding, 1)
+
+
+# What lies between a chunk's products.
+
+
+def _chunk_inputs(
+    seed: int, tokens: int, start: tuple[int, ...], S: int, dtype: Any, config: KeyeConfig
+) -> tuple[Any, ...]:
+    """Arguments of `chunk_inputs` up to valid; the last row has padding behind it."""
+    B, C = len(start), tokens
+    _, weights, _, caches, layer, first = step_inputs(seed, start, S, dtype, config)
+    (h,) = _normal(seed + 4, (B * C, config.text.hidden_size))
+    widths = (config.text.head_dim, config.sparse.indexer_head_dim)
+    angles = (jax.random.uniform(jax.random.key(seed + 5), (B, C, width // 2), maxval=6.3) for width in widths)
+    tables = Tables(*(f(a).astype(jnp.bfloat16) for a in angles for f in (jnp.cos, jnp.sin)))
+    valid = jnp.full(B, C, jnp.int32).at[B - 1].set(C - C // 5)
+    return h.reshape(B, C, -1), weights, tables, caches, layer, first, valid
+
+
+@lru_cache
+def _routing(E: int, k: int, renormalise: bool) -> Callable[..., Any]:
+    def route(logits: jax.Array) -> Any:
+        weights, experts = routing.choose_experts(logits, k, renormalise)
+        return weights, experts, routing.place(experts, weights, E)
+
+    return route
+
+
+def _logits(seed: int, rows: int, experts: int) -> tuple[Any, ...]:
+    """Steps of an eighth: many are equal, and different ones have different probabilities in any arithmetic."""
+    return ((jax.random.randint(jax.random.key(seed), (rows, experts), -24, 25) / 8).astype(jnp.bfloat16),)
+
+
+def _chunk(config: KeyeConfig, sizes: Sizes) -> Iterator[Case]:
+    t, S = config.text, sizes.short
+    function = partial(chunk_inputs, eps=t.rms_norm_eps)
+    for dtype, label in ((jnp.float8_e4m3fn, "fp8"), (jnp.bfloat16, "bf16")):
+        for tokens, start in ((sizes.queries, (S // 3,)), (sizes.queries // 2 - 3, (-9, S - 9))):
+            make = partial(_chunk_inputs, 300, tokens, start, S, dtype, config)
+            name = f"chunk_inputs {label} {len(start)} rows of {tokens}"
+            yield Case(name, function, make, partial(rounding, float32=BF16), 1)
+    route = _routing(t.num_experts, t.num_experts_per_tok, t.norm_topk_prob)
+    for rows in (sizes.rows // t.num_experts_per_tok, sizes.queries + 3):
+        yield Case(f"routing {rows} rows", route, partial(_logits, 310, rows, t.num_experts), rounding, 1)

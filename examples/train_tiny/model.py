@@ -16,7 +16,7 @@ from keye_jax.config import KeyeConfig, VisionConfig
 from keye_jax.decoder import rope_tables
 from keye_jax.moe import route
 from keye_jax.ops import plain_layer_norm as layer_norm
-from keye_jax.ops import rms_norm, rotate
+from keye_jax.ops import reference_only, rms_norm, rotate
 from keye_jax.rope import vision_tables
 from keye_jax.vision import PROJECTOR_EPS, interpolate_positions, patch_layout
 
@@ -88,7 +88,8 @@ def mixture(
     t = config.text
     B, T, D = m.shape
     flat = m.reshape(B * T, D)
-    weights, experts = route(params["router"], flat, t)
+    with reference_only():  # kernels have no gradient
+        weights, experts = route(params["router"], flat, t)
     chosen = jax.nn.one_hot(experts, t.num_experts, dtype=jnp.float32)
     spread = jnp.einsum("nk,nke->ne", weights, chosen)
     gate, up = jnp.split(jnp.einsum("nd,edf->nef", flat, params["gate_up_proj"]), 2, axis=-1)

@@ -2,9 +2,8 @@
 
 Schedule: the rows are normed. `partial_products` streams the six matrices and leaves float32 partial sums. The last
 kernel has one program for each row and tile of heads (tiles of query heads; the key and value heads; the index
-queries; the index key). It adds the partial sums in a fixed order, rounds, and goes on in registers to the final
-queries and cache rows. Heads are held as the two halves of their vectors, so that rotation and Hadamard transform
-(H_2n = [[H_n, H_n], [H_n, -H_n]]) need nothing moved between threads.
+queries; the index key). It adds the partial sums in a fixed order, rounds, and goes on in registers (`halves`) to the
+final queries and cache rows.
 
 The matrices are the floor (25.5 MB a layer, 5.9 us at 4.3 TB/s; measured 8.0). The last kernel is all latency, 2.6 us;
 XLA takes 17 in twelve launches. The norm is one launch of ours where XLA makes two or three of it. Written for the
@@ -18,22 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
-from kernels_pallas.numerics import power_of_two_scale, rms_norm, round_e4m3
+from kernels_pallas.halves import MMA, Halved, Halves, quantise
+from kernels_pallas.numerics import rms_norm
 from kernels_pallas.skinny_matmul.gpu import partial_products
 from kernels_pallas.skinny_matmul.gpu import supports as supports_products
 
 HEADS = 4
 """Query heads a program."""
-MMA = 16
-"""Smallest side of a tile that the tensor cores multiply."""
 _FLOATS = (jnp.float32, jnp.bfloat16)
-
-Halves = tuple[jax.Array, jax.Array]
 
 
 def supports(h: jax.Array, weights: Weights, caches: Caches) -> bool:
@@ -120,14 +115,14 @@ def _body(*refs: Any, eps: float, caches: int) -> None:
     # Every branch loads all it needs before its first sum: what follows waits once for memory, not once a step.
     @pl.when(part < query_tiles)
     def _() -> None:
-        tile = _Tile(part * HEADS, HEADS, H, K // 2, K // 2)
+        tile = _Tile(K // 2, K // 2, part * HEADS, HEADS, H)
         weight, turn = tile.vector(q_norm, layer), tile.turn(cos, sin, b)
         halves = tile.rms_norm(tile.summed(sums, b, 0, dtype), weight, eps)
         tile.store(q_ref, tile.rotate(halves, turn), b)
 
     @pl.when(part == query_tiles)
     def _() -> None:
-        tile = _Tile(0, _power_of_two(G), G, K // 2, K // 2)
+        tile = _Tile(K // 2, K // 2, 0, _power_of_two(G), G)
         weight, turn = tile.vector(k_norm, layer), tile.turn(cos, sin, b)
         keys, values = tile.summed(sums, b, at_k, dtype), tile.summed(sums, b, at_v, dtype)
         keys = tile.rotate(tile.rms_norm(keys, weight, eps), turn)
@@ -139,7 +134,7 @@ def _body(*refs: Any, eps: float, caches: int) -> None:
 
     @pl.when(part == query_tiles + 1)
     def _() -> None:
-        tile = _Tile(0, max(MMA, _power_of_two(J)), J, I // 2, max(MMA, I // 2))
+        tile = _Tile(I // 2, max(MMA, I // 2), 0, max(MMA, _power_of_two(J)), J)
         weight, turn = tile.vector(idx_q_norm, layer), tile.turn(idx_cos, idx_sin, b)
         heads = jnp.arange(tile.rows)
         gate = _sum(sums, b, at_gate + heads, heads < J).astype(dtype).astype(jnp.float32)
@@ -147,21 +142,21 @@ def _body(*refs: Any, eps: float, caches: int) -> None:
         halves = tile.hadamard(tile.rotate(halves, turn))
         weights = gate * I**-0.5
         if scale_ref is not None:
-            halves, scale = _quantise(halves)
+            halves, scale = quantise(halves)
             weights = weights * scale
         tile.store(idx_q_ref, halves, b)
         plt.store(weights_ref.at[jnp.full_like(heads, b), heads], weights, mask=heads < J)
 
     @pl.when(part == query_tiles + 2)
     def _() -> None:
-        tile = _Tile(0, MMA, 1, I // 2, max(MMA, I // 2))
+        tile = _Tile(I // 2, max(MMA, I // 2), 0, MMA, 1)
         weight, bias = tile.vector(idx_k_norm, layer), tile.vector(idx_k_bias, layer)
         turn = tile.turn(idx_cos, idx_sin, b)
         halves = tile.layer_norm(tile.summed(sums, b, at_idx_k, dtype), weight, bias, eps)
         halves = tile.hadamard(tile.rotate(halves, turn))
         scale = None
         if scale_ref is not None:
-            halves, scale = _quantise(halves)
+            halves, scale = quantise(halves)
         # Only the tile's first row is a head. Taken out of it, so that no masked row stands at the same place.
         first = jnp.arange(tile.rows) == 0
         column = jnp.arange(tile.columns)
@@ -186,17 +181,12 @@ def _sum(sums: Any, b: jax.Array, column: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Heads first .. first + rows of `heads`, as two halves [rows, columns] of their vectors.
-
-    Beyond `heads` rows and `half` columns lie zeros, where powers of two or the tensor cores want a larger tile.
-    """
+class _Tile(Halved):
+    """Heads first .. first + rows of `heads`; rows beyond them are zeros."""
 
     first: Any
     rows: int
     heads: int
-    half: int
-    columns: int
 
     def summed(self, sums: Any, b: jax.Array, start: int, dtype: Any) -> Halves:
         """Halves of the projection whose columns begin at `start`."""
@@ -214,74 +204,6 @@ class _Tile:
         mask = (head < self.heads) & (column < self.half)
         for half, start in zip(halves, (0, self.half), strict=True):
             plt.store(ref.at[(*at, head, start + column)], half.astype(ref.dtype), mask=mask)
-
-    def vector(self, ref: Any, row: jax.Array) -> Halves:
-        """ref [..., 2 * half] at `row` in float32, as halves [1, columns]."""
-        column = jnp.arange(self.columns)[None]
-        at, mask = jnp.full_like(column, row), column < self.half
-        low = plt.load(ref.at[at, column], mask=mask, other=0.0)
-        high = plt.load(ref.at[at, column + self.half], mask=mask, other=0.0)
-        return low.astype(jnp.float32), high.astype(jnp.float32)
-
-    def _mean(self, x: jax.Array) -> jax.Array:
-        """[rows, 1] of the sums [rows, columns] of two halves."""
-        return jnp.sum(x, axis=1, keepdims=True) / (2 * self.half)
-
-    def turn(self, cos_ref: Any, sin_ref: Any, b: jax.Array) -> Halves:
-        """Cosines and sines [1, columns] of row b."""
-        column = jnp.arange(self.columns)[None]
-        at = (jnp.full_like(column, b), column)
-        mask = column < self.half
-        return plt.load(cos_ref.at[at], mask=mask, other=0.0), plt.load(sin_ref.at[at], mask=mask, other=0.0)
-
-    def rms_norm(self, halves: Halves, weight: Halves, eps: float) -> Halves:
-        """See the reference."""
-        dtype = halves[0].dtype
-        low, high = (x.astype(jnp.float32) for x in halves)
-        scale = lax.rsqrt(self._mean(low * low + high * high) + eps)
-        return (low * scale * weight[0]).astype(dtype), (high * scale * weight[1]).astype(dtype)
-
-    def layer_norm(self, halves: Halves, weight: Halves, bias: Halves, eps: float) -> Halves:
-        """See the reference."""
-        dtype = halves[0].dtype
-        low, high = (x.astype(jnp.float32) for x in halves)
-        mean = self._mean(low + high)
-        live = jnp.arange(self.columns)[None] < self.half
-        low, high = jnp.where(live, low - mean, 0.0), jnp.where(live, high - mean, 0.0)
-        scale = lax.rsqrt(self._mean(low * low + high * high) + eps)
-        return (low * scale * weight[0] + bias[0]).astype(dtype), (high * scale * weight[1] + bias[1]).astype(dtype)
-
-    def rotate(self, halves: Halves, turn: Halves) -> Halves:
-        """As the reference: in the tables' dtype, every product and sum rounded."""
-        (low, high), (cos, sin) = halves, turn
-        narrow = cos.dtype
-
-        def times(x: jax.Array, y: jax.Array) -> jax.Array:
-            return (x.astype(jnp.float32) * y.astype(jnp.float32)).astype(narrow).astype(jnp.float32)
-
-        turned = times(low, cos) - times(high, sin), times(high, cos) + times(low, sin)
-        return turned[0].astype(narrow).astype(low.dtype), turned[1].astype(narrow).astype(low.dtype)
-
-    def hadamard(self, halves: Halves) -> Halves:
-        """See the reference. Signs are exact in any dtype, so that rounded vectors multiply exactly."""
-        dtype = halves[0].dtype
-        i = lax.broadcasted_iota(jnp.int32, (self.columns, self.columns), 0)
-        j = lax.broadcasted_iota(jnp.int32, (self.columns, self.columns), 1)
-        signs = (1 - 2 * (lax.population_count(i & j) & 1)).astype(dtype)
-        precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-        dims = (((1,), (0,)), ((), ()))
-        low, high = (
-            lax.dot_general(x, signs, dims, precision=precision, preferred_element_type=jnp.float32) for x in halves
-        )
-        norm = (2 * self.half) ** -0.5
-        return ((low + high) * norm).astype(dtype), ((low - high) * norm).astype(dtype)
-
-
-def _quantise(halves: Halves) -> tuple[Halves, jax.Array]:
-    """Halves of e4m3 values and the scale of each row, all float32."""
-    low, high = (x.astype(jnp.float32) for x in halves)
-    scale, inverse = power_of_two_scale(jnp.max(jnp.maximum(jnp.abs(low), jnp.abs(high)), axis=1))
-    return (round_e4m3(low * inverse[:, None]), round_e4m3(high * inverse[:, None])), scale
 
 
 def _power_of_two(n: int) -> int:

@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Rotary tables of the attention heads and of the indexer."""
+    """Rotary tables of the attention heads and of the indexer; of chunks [B, C, ...]."""
 
     cos: jax.Array  # [B, K // 2]
     sin: jax.Array  # [B, K // 2]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.moe import moe, place, route
+from keye_jax.moe import moe, route
 from tests.keye_jax import dense_numpy as dense
 from tests.keye_jax.tiny import TINY, random_params
 
@@ -58,13 +58,3 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     order = np.random.default_rng(3).permutation(40)
     shuffled = run(params, stack, 0, m[order], config=TINY.text)
     np.testing.assert_array_equal(shuffled, np.asarray(together)[order])
-
-
-@pytest.mark.parametrize(("tokens", "count", "k"), [(1, 5, 2), (127, 128, 8), (128, 8, 8), (300, 7, 3)])
-def test_pairs_are_placed_by_expert_in_token_order(tokens: int, count: int, k: int) -> None:
-    rng = np.random.default_rng(tokens)
-    experts = np.stack([rng.permutation(count)[:k] for _ in range(tokens)]).astype(np.int32)
-    positions, sizes = jax.jit(place, static_argnums=1)(experts, count)
-    order = np.argsort(experts.reshape(-1), kind="stable")
-    np.testing.assert_array_equal(np.argsort(np.asarray(positions).reshape(-1)), order)
-    np.testing.assert_array_equal(sizes, np.bincount(experts.reshape(-1), minlength=count))

@@ -1,4 +1,4 @@
-"""Appending a chunk to the cache: exactly the slots that exist and count are written."""
+"""Appending a chunk to the caches: exactly the slots that exist and count are written."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from keye_jax.cache import append
-from keye_jax.indexer import IndexInputs
+from kernels_pallas.chunk_inputs.reference import IndexInputs, append
+from kernels_pallas.decode_inputs import Caches
 
 L, B, S = 2, 3, 16
 
@@ -31,17 +31,17 @@ def test_slots(chunk: int, start: tuple[int, ...], share: tuple[float, ...], lay
     k, v = rng.normal(size=(2, B, chunk, 2, 4)).astype(np.float32)
     new_idx, new_scale = rng.normal(size=(B, chunk, 3)).astype(np.float32), rng.normal(size=(B, chunk))
     valid = [round(part * chunk) for part in share]
-    expected = {"kv": kv.copy(), "idx_k": idx_k.copy(), "idx_scale": scale.copy()}
+    expected = (kv.copy(), idx_k.copy(), scale.copy())
     for b in range(B):
         for c in range(valid[b]):
             slot = start[b] + c
             if 0 <= slot < S:
-                expected["kv"][layer, b, slot] = k[b, c], v[b, c]
-                expected["idx_k"][layer, b, slot] = new_idx[b, c]
-                expected["idx_scale"][layer, b, slot] = new_scale[b, c]
+                expected[0][layer, b, slot] = k[b, c], v[b, c]
+                expected[1][layer, b, slot] = new_idx[b, c]
+                expected[2][layer, b, slot] = new_scale[b, c]
     index = IndexInputs(jnp.zeros(1), jnp.zeros(1), jnp.asarray(new_idx), jnp.asarray(new_scale, jnp.float32))
-    cache = {"kv": jnp.asarray(kv), "idx_k": jnp.asarray(idx_k), "idx_scale": jnp.asarray(scale)}
+    caches = Caches(jnp.asarray(kv), jnp.asarray(idx_k), jnp.asarray(scale))
     places = jnp.asarray(start, jnp.int32), jnp.asarray(valid, jnp.int32)
-    after = appended(cache, jnp.int32(layer), *places, jnp.asarray(k), jnp.asarray(v), index)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(after[name], array)
+    after = appended(caches, jnp.int32(layer), *places, jnp.asarray(k), jnp.asarray(v), index)
+    for one, other in zip(after, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
