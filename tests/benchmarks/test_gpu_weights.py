@@ -41,7 +41,6 @@ def test_random_weights_of_8_bits_are_as_large_as_others(weights: gpu_weights.We
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hasty_compiler")
 def test_prefill_and_decode_are_timed_and_a_wrong_check_is_an_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
