@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from kernels_pallas.common import WORD
 from kernels_pallas.index_select.gpu_filter import address, assembled
@@ -98,7 +99,7 @@ def _first_bits(seen: jax.Array, width: int) -> jax.Array:
 def _write_first(_: Any, out: Any, seen: Any) -> None:
     code = f"""{{ .reg .pred p; .reg .b32 t, v; .reg .b64 at;
         mov.u32 t, %tid.x;
-        fill: setp.ge.s32 p, t, {out.type.shape[0]}; @p bra filled;
+        fill: setp.ge.s32 p, t, {ir.MemRefType(out.type).shape[0]}; @p bra filled;
         shl.b32 v, t, 5; sub.s32 v, $1, v; min.s32 v, v, {WORD}; max.s32 v, v, 0;
         shl.b32 v, 1, v; sub.s32 v, v, 1;
         mad.wide.s32 at, t, 4, $0; st.global.u32 [at], v; add.s32 t, t, {LANES}; bra fill;
@@ -116,7 +117,8 @@ def _scatter_plainly(lists: Any, sizes: Any, out: Any, _: Any, kth: jax.Array, c
 
 def _scatter(_: Any, lists: Any, sizes: Any, out: Any, words: Any, kth: Any, cut: Any) -> None:
     """A few threads a list, two pairs of 16 bytes a step. Operands: lists, sizes, out, words, kth, cut."""
-    (n, room, _), row_bytes = lists.type.shape, 4 * out.type.shape[0]
+    (n, room, _), (width,) = (ir.MemRefType(ref.type).shape for ref in (lists, out))
+    row_bytes = width * WORD // 8
     share = LANES // n
     code = [
         f"""{{ .reg .pred p; .reg .b32 t, i, n, w, m, x<4>, k<4>; .reg .b64 at, l;

@@ -105,7 +105,7 @@ def append(_: Any, scores: Any, key: Any, known: Any, bounds: Any, sizes: Any, l
         sizes: [QUERIES, QUAD] int32 in shared memory, FULL from where a tile might not have found room.
         lists: [QUERIES, QUAD, room, 2] int32.
     """
-    room = lists.type.shape[2]
+    room = ir.MemRefType(lists.type).shape[2]
     row_bytes, list_bytes, *_ = (4 * stride for stride in ir.MemRefType(lists.type).get_strides_and_offset()[0])
     # Of a thread's own registers, relative to its first key.
     offsets = [32 * (i // 4) + 8 * (i % 4 // 2) + 2 * (i % 2) + b for i in range(TILE // 8) for b in range(2)]
