@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from kernels_pallas.common import MASKED, pack_bits
@@ -37,6 +39,7 @@ def interpreted(*args: jax.Array, wide: float = 7.0, most: int | None = None) ->
 
 
 compiled = jax.jit(interpreted)
+listed_by_halves = jax.jit(partial(gpu_lists.list_halves, tuning=SMALL, interpret=True), static_argnames="half")
 
 
 def assert_equals_reference(args: Inputs, start: np.ndarray, **kwargs: Any) -> None:
@@ -174,6 +177,62 @@ def test_lists_end_at_their_room() -> None:
     )
     assert lists.counts[0, 0] == 128
     np.testing.assert_array_equal(lists.ids[0, 0], np.arange(128))
+
+
+def halves(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The keys of a block [<= 16, S] that only its first half selects, both, only the second."""
+    one, two = mask[:8].any(0), mask[8:].any(0)
+    return np.nonzero(one & ~two)[0], np.nonzero(one & two)[0], np.nonzero(two & ~one)[0]
+
+
+@given(seed=st.integers(0, 99), density=st.sampled_from([0.0, 0.01, 0.1, 0.5]))
+@settings(max_examples=10, deadline=None)
+@example(seed=0, density=0.1)
+@example(seed=0, density=0.5)
+def test_lists_by_halves(seed: int, density: float) -> None:
+    """Each kind of keys at its place; of more keys than there is room for, no count leads outside."""
+    rng, start, room = np.random.default_rng(seed), np.array([471, 9], np.int32), 384
+    mask = causal(start, 37, 512) & (rng.random((2, 37, 512)) < density)
+    mask[0, 16:24] = False
+    lists, own = listed_by_halves(pack_bits(jnp.asarray(mask)), jnp.asarray(start), half=room)
+    blocks = np.pad(mask, ((0, 0), (0, 48 - 37), (0, 0))).reshape(2, 3, 16, 512)
+    np.testing.assert_array_equal(own, blocks[:, :, -1].sum(-1))
+    for b, i in np.ndindex(2, 3):
+        front, both, back = halves(blocks[b, i])
+        found = np.asarray(lists.counts[b, i])
+        if len(front) + len(both) > room or len(back) > room:
+            assert min(found) >= 0
+            assert found[0] + found[1] <= room
+            assert found[2] <= room
+            continue
+        np.testing.assert_array_equal(found, [len(front), len(both), len(back)])
+        keys = np.concatenate([front, both[::-1], back])
+        used = np.r_[: len(front), room - len(both) : room + len(back)]
+        np.testing.assert_array_equal(lists.ids[b, i][used], keys)
+        members = (blocks[b, i][:, keys] << np.arange(16)[:, None]).sum(0)
+        np.testing.assert_array_equal(lists.members[b, i][used], members)
+
+
+@pytest.mark.slow
+def test_shapes_of_a_union() -> None:
+    """More of one half's keys than of the other's, in more units than there is room for at a time; nothing but whole
+    tiles of either half; a block that is not full and has no keys."""
+    start, S = np.array([512], np.int32), 640
+    mask, rng = np.zeros((1, 35, S), bool), np.random.default_rng(11)
+    kinds = [(300, 50, 150), (128, 0, 128), (0, 0, 0)]
+    for block, (front, both, back) in enumerate(kinds):
+        keys = np.split(rng.permutation(512), np.cumsum([front, both, back]))
+        rows = mask[0, block * 16 : block * 16 + 16]
+        for first, own in ((0, (keys[0], keys[1])), (8, (keys[1], keys[2]))):
+            for query in rows[first : first + 8]:
+                query[np.concatenate(own)] = rng.random(sum(map(len, own))) < 0.4
+    mask[0, 3] = False
+    q, kv, layer, bits = inputs(12, 8, 1, 128, mask, jnp.bfloat16)
+    lists, _ = listed_by_halves(bits, jnp.asarray(start), half=S)
+    skip = jnp.zeros((1, len(kinds)), bool)
+    out = gpu_shared.attend(q, kv, layer, lists, skip, tuning=gpu_shared.Tuning(), interpret=InterpretGPUParams())
+    expected = reference.attend_bits(q, kv, layer, bits, jnp.asarray(start))
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=BOUNDS[jnp.bfloat16])
 
 
 @pytest.mark.parametrize(
