@@ -45,7 +45,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def optimising_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that start programs as a user does: those programs are compiled as the user's would be."""
+    """For tests that start programs as a user does, or under another JAX, which may refuse the flags: those programs
+    are compiled as the user's would be."""
     monkeypatch.setenv("XLA_FLAGS", GIVEN_XLA_FLAGS)
 
 
