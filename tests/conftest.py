@@ -2,7 +2,9 @@
 hypothesis runs."""
 
 import dataclasses
+import gc
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,18 @@ settings.load_profile("keye")
 # A shell that starts the tests in the background has them, and so the programs that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Compiling is most of the time of a run. Without optimisation and by XLA's older emitters it takes a sixth of that;
+# kernels must equal their references and the model the golden values either way. Child processes inherit this. The
+# optimising compiler works in tests that use `optimising_compiler`, and in the quick run: newer JAX does not know the
+# second flag.
+GIVEN_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+if jax.__version_info__ < (0, 11):
+    hasty = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{GIVEN_XLA_FLAGS} {hasty}".strip()
+
+# Tracing makes millions of objects, nearly none of them garbage: looking for it at Python's own rate takes a tenth.
+gc.set_threshold(20_000, 20, 50)
+
 # Meshes for the tests of sharding; everything else runs on the first one.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -30,11 +44,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
-def hasty_compiler() -> Iterator[None]:
-    """For tests of what stands around programs: without most of XLA's optimisations, which take most of their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def optimising_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that start programs as a user does, or under another JAX, which may refuse the flags: those programs
+    are compiled as the user's would be."""
+    monkeypatch.setenv("XLA_FLAGS", GIVEN_XLA_FLAGS)
 
 
 @pytest.fixture(scope="session")

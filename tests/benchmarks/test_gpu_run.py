@@ -16,7 +16,6 @@ SIZES = ["--config", "tiny", "--contexts", "128", "--decode", "1x256", "--stage-
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hasty_compiler")
 def test_all_timed_sections(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     assert measure.main(["--out", str(path), *SIZES, "--sections", "prefill,decode,vision,stages"]) == 0

@@ -19,6 +19,8 @@ from tests.runtime.media import real_photo
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.usefixtures("optimising_compiler")
+
 WITHOUT_THE_MODEL = """
 import sys
 

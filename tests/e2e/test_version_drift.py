@@ -44,6 +44,7 @@ def environments() -> dict[tuple[int, ...], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimising_compiler")
 def test_a_graph_of_the_oldest_jax_runs_under_the_newest(
     golden: dict[str, np.ndarray], golden_bundle: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def test_the_shipped_checkpoint_is_small_and_has_the_files_that_training_writes(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimising_compiler")
 def test_the_demo_answers_rightly_and_draws(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     picture = demo(TRAINED, tmp_path, clip=2)
     with Image.open(picture) as image:

@@ -19,6 +19,12 @@ def golden_prompt(golden: Golden, case: str) -> GoldenPrompt:
     return read_prompt(golden, case, image_id=502, video_id=503)
 
 
+@pytest.fixture
+def short(golden: Golden) -> list[GoldenPrompt]:
+    """Two rows, for what does not depend on their prompts: all golden prompts together take twenty times as long."""
+    return [golden_prompt(golden, "text_short")] * 2
+
+
 def generate(
     executor: Executor,
     prompts: list[GoldenPrompt],
@@ -48,12 +54,13 @@ def test_a_batch_of_all_golden_prompts_gives_each_its_golden_tokens(golden: Gold
 def test_a_growing_cache_and_short_chunks_change_nothing(
     golden: Golden, golden_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [golden_prompt(golden, case) for case in CASES]
-    # In the batch whose programs other tests use as well.
-    whole = generate(golden_engine.executor(), prompts, new=[40] * len(prompts))[CASES.index("text_long")]
+    """From 128 slots, full at the sixteenth token, to 256."""
+    # Two rows: programs that other tests use as well. No more tokens: a rounding decides the 28th.
+    prompts = [golden_prompt(golden, case) for case in ("text_long", "text_short")]
+    whole, _ = generate(golden_engine.executor(), prompts, new=[26] * 2)
     monkeypatch.setattr(buckets, "CONTEXTS", (128, 256))
     monkeypatch.setattr(buckets, "CHUNKS", (48,))
-    assert generate(golden_engine.executor(), [golden_prompt(golden, "text_long")], new=[40]) == [whole]
+    assert generate(golden_engine.executor(), [golden_prompt(golden, "text_long")], new=[26]) == [whole]
     assert whole[:16] == golden["text_long/fp8_on/decode_tokens"].tolist()
 
 
@@ -74,31 +81,38 @@ def test_each_row_has_its_own_budget(golden: Golden, golden_engine: Engine) -> N
         assert row == golden[f"{case}/fp8_on/decode_tokens"].tolist()[:budget]
 
 
-def test_sampling_depends_on_the_seed_and_not_on_the_batch(golden: Golden, golden_engine: Engine) -> None:
-    prompts = [golden_prompt(golden, case) for case in CASES]
-    hot = [SamplingOptions(temperature=3.0, top_p=0.95, top_k=50, seed=s) for s in (1, 1, 2, 3, 4, 5)]
-    first = generate(golden_engine.executor(), prompts, hot)
-    assert generate(golden_engine.executor(), prompts, hot) == first
-    # The same row, with other neighbours drawing with other seeds.
-    swapped = [hot[0], *(SamplingOptions(temperature=3.0, seed=90 + i) for i in range(5))]
-    again = generate(golden_engine.executor(), prompts, swapped)
-    assert again[0] == first[0]
-    assert again[1:] != first[1:]
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(short: list[GoldenPrompt], golden_engine: Engine) -> None:
+    def hot(seed: int) -> SamplingOptions:
+        return SamplingOptions(temperature=3.0, top_p=0.95, top_k=50, seed=seed)
+
+    # The same prompt twice: only the seed tells the rows apart.
+    first = generate(golden_engine.executor(), short, [hot(1), hot(2)])
+    assert first[0] != first[1]
+    assert generate(golden_engine.executor(), short, [hot(1), hot(2)]) == first
+    # The same seed, in another row or beside a neighbour who draws otherwise.
+    assert generate(golden_engine.executor(), short, [hot(2), hot(1)]) == first[::-1]
+    beside = generate(golden_engine.executor(), short, [hot(1), SamplingOptions(temperature=3.0, seed=90)])
+    assert beside[0] == first[0]
+    assert beside[1] != first[1]
 
 
-def test_greedy_rows_stay_greedy_beside_sampled_ones(golden: Golden, golden_engine: Engine) -> None:
-    prompts = [golden_prompt(golden, case) for case in CASES]
-    mixed = [GREEDY, *[SamplingOptions(temperature=2.0, seed=7)] * 5]
-    rows = generate(golden_engine.executor(), prompts, mixed)
+def test_greedy_rows_stay_greedy_beside_sampled_ones(
+    golden: Golden, short: list[GoldenPrompt], golden_engine: Engine
+) -> None:
+    mixed = [GREEDY, SamplingOptions(temperature=2.0, seed=7)]
+    rows = generate(golden_engine.executor(), short, mixed)
     assert rows[0] == golden["text_short/fp8_on/decode_tokens"].tolist()
+    assert rows[1] != rows[0]
 
 
-def test_logits_that_are_not_finite_are_an_error_not_an_answer(golden: Golden, golden_engine: Engine) -> None:
+def test_logits_that_are_not_finite_are_an_error_not_an_answer(
+    short: list[GoldenPrompt], golden_engine: Engine
+) -> None:
     good = golden_engine.executor()
     text = {**good._text, "norm": good._text["norm"].at[0].set(np.nan)}
     broken = Executor(good.programs, {"text": text, **good._vision}, good._facts)
     with pytest.raises(GenerationError, match="not finite"):
-        generate(broken, [golden_prompt(golden, case) for case in CASES])
+        generate(broken, short)
 
 
 def test_a_prompt_beyond_the_models_context_is_refused_before_any_work(golden: Golden, golden_engine: Engine) -> None:
@@ -107,10 +121,9 @@ def test_a_prompt_beyond_the_models_context_is_refused_before_any_work(golden: G
         generate(golden_engine.executor(), [prompt], new=[32768])
 
 
-def test_the_decode_loop_never_compiles_again(golden: Golden, golden_engine: Engine) -> None:
+def test_the_decode_loop_never_compiles_again(short: list[GoldenPrompt], golden_engine: Engine) -> None:
     executor = golden_engine.executor()
-    prompts = [golden_prompt(golden, case) for case in CASES]
-    generate(executor, prompts)
+    generate(executor, short)
     before = dict(executor.programs._programs)
-    generate(executor, prompts, new=[5, 9, 16, 1, 2, 3])
+    generate(executor, short, new=[5, 9])
     assert executor.programs._programs == before
