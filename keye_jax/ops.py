@@ -10,8 +10,8 @@ from kernels_pallas.grouped_matmul.decode import experts_add, moe_step, norm_rou
 from kernels_pallas.index_select import scores_at, select_bits, select_ids
 from kernels_pallas.index_select.reference import sortable
 from kernels_pallas.layer_norm import layer_norm
-from kernels_pallas.numerics import hadamard, quantise, rms_norm, rotate, round_e4m3
 from kernels_pallas.numerics import layer_norm as plain_layer_norm
+from kernels_pallas.numerics import rms_norm, rotate
 from kernels_pallas.quantized import Quantized, pick, scaled, values_of
 from kernels_pallas.routing import choose_experts, place
 from kernels_pallas.segment_attention import segment_attention
@@ -37,7 +37,6 @@ __all__ = [
     "gelu_mlp",
     "grouped_matmul",
     "grouped_swiglu",
-    "hadamard",
     "index_inputs",
     "layer_norm",
     "moe_step",
@@ -46,11 +45,9 @@ __all__ = [
     "place",
     "plain_layer_norm",
     "project_add",
-    "quantise",
     "reference_only",
     "rms_norm",
     "rotate",
-    "round_e4m3",
     "runs_kernels",
     "scaled",
     "scores_at",

@@ -10,10 +10,10 @@ many more, of a row reach. For 8,192 queries at a time:
    stored in full, and `gpu_topk` (Triton) selects from them. Where no row is left, programs end at once: 3 us for each
    `scratch` of scores.
 
-Whatever the bounds are, the result is the same. Of 8,192 rows that resemble the model's, or of independent scores, none
-was left in any run (contexts 8K to 128K); in the last chunk of a real prompt of 128K none in 47 layers, and 204 in one,
-where one of 16 lists overflowed. Of rows whose best keys all stand at the same 4 of 32 places none, at the same 40 of 512
-places six of 8,192: a call at 128K takes 4.9 ms with these, 27 with all left.
+Whatever the bounds are, the result is the same. Of 8,192 rows that resemble the model's, or of independent scores,
+none was left in any run (contexts 8K to 128K); in the last chunk of a real prompt of 128K none in 47 layers, and 204 in
+one, where one of 16 lists overflowed. Of rows whose best keys all stand at the same 4 of 32 places none, at the same 40
+of 512 places six of 8,192: a call at 128K takes 4.9 ms with these, 27 with all left.
 
 One H200, ms of device time for 8,192 queries from `start`, capacity 128K, scores that resemble the model's, beside what
 was before in the same run (all scores stored for blocks of 1,024 queries, and selected from):
@@ -28,9 +28,9 @@ was before in the same run (all scores stored for blocks of 1,024 queries, and s
 | before | 0.80 | 1.36 | 1.66 | 2.20 | 3.14 | 4.68 |
 
 Since then tiles and places take turns among the lists (rows as above were all left before): 0.05 more in `arrange` when
-that was a gather, and not timed alone as it is now; the whole call then took 3.70 ms in the benchmark. The floor of the last column is 2.69 ms of products at 790 TFLOP/s. Tried
-and lost, ms at the end of 128K: 4,096 queries at a time 3.85; one program a block 3.78; 512 programs, with 32 lists a
-row, 3.73; twice the `scratch`: no gain.
+that was a gather, and not timed alone as it is now; the whole call took 3.70 ms in the benchmark then. The floor of the
+last column is 2.69 ms of products at 790 TFLOP/s. Tried and lost, ms at the end of 128K: 4,096 queries at a time 3.85;
+one program a block 3.78; 512 programs, with 32 lists a row, 3.73; twice the `scratch`: no gain.
 
 Keys are converted once a call: e4m3 times a power of two is exact in bfloat16. The lists of 8,192 queries take 448 MiB
 at any context.

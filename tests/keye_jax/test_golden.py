@@ -12,12 +12,13 @@ import pytest
 from kernels_pallas.common import unpack_bits
 from kernels_pallas.index_select import select_bits
 from kernels_pallas.index_select.reference import index_scores, select_mask, topk_mask
+from kernels_pallas.numerics import hadamard, quantise, round_e4m3
 from keye_jax import KeyeVL, graphs
 from keye_jax.decoder import decoder_layer, embed, lm_head, rope_tables
 from keye_jax.indexer import index_inputs
 from keye_jax.moe import route
-from keye_jax.ops import hadamard, quantise, rms_norm, rotate, round_e4m3
 from keye_jax.ops import plain_layer_norm as layer_norm
+from keye_jax.ops import rms_norm, rotate
 from keye_jax.rope import mrope_tables, vision_tables
 from keye_jax.vision import embed_patches, interpolate_positions, patch_layout, project_rows, vision_block
 from tests.keye_jax.golden_prompts import CASES, KINDS, MODES

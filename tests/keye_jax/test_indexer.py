@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels_pallas.numerics import hadamard, quantise, round_e4m3
 from keye_jax.indexer import index_inputs
-from keye_jax.ops import hadamard, quantise, round_e4m3
 from tests.keye_jax import dense_numpy as dense
 from tests.keye_jax.tiny import TINY, random_params, text_prompt
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.numerics import round_e4m3
 from keye_jax import checkpoint as checkpoint_module
 from keye_jax import quantise as module
 from keye_jax.checkpoint import load_params, open_checkpoint, read_group
 from keye_jax.config import KeyeConfig
-from keye_jax.ops import round_e4m3
 from keye_jax.params import SCALE, VALUES, WEIGHT_DTYPES, WeightFormat, flatten, param_specs, storage_groups
 from keye_jax.quantise import quantise
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keye_jax.ops import quantise, round_e4m3
+from kernels_pallas.numerics import quantise, round_e4m3
 from keye_jax.vision import interpolate_positions, patch_layout
 from runtime.sizing import frame_indices
 
