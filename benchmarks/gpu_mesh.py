@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import options
 from benchmarks.gpu.__main__ import commit, environment
 from benchmarks.gpu.record import Record
 
@@ -64,11 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--commit", help="the version that is measured (default: what git says)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name, value in _SIZES[args.config].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if any(context % min(args.chunk, context) for context in args.contexts):
-        parser.error(f"--contexts must be multiples of the chunk, {args.chunk}, or shorter than it")
+    options.complete(parser, args, _SIZES[args.config])
     return args
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gpu import options
 from benchmarks.gpu.__main__ import commit
 from benchmarks.gpu.cases import TINY_SIZES, Sizes
 from benchmarks.gpu.cases_weights import weight_cases
@@ -102,9 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=240, help="what does not fit into this is left out")
     parser.add_argument("--commit", help="the version that is measured (default: what git says)")
     args = parser.parse_args(argv)
-    for name, value in _SIZES[args.config].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    options.complete(parser, args, _SIZES[args.config])
     return args
 
 

@@ -13,6 +13,10 @@ WORD = 32
 """Keys per word of a selection's bit mask: key s is bit s % 32 of word s // 32."""
 
 
+MMA = 16
+"""Smallest side of a tile that an NVIDIA GPU's tensor cores multiply."""
+
+
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Einsum that accumulates and returns float32. float32 operands are multiplied as float32 on every platform
     (accelerators would otherwise round them to TF32 or bfloat16)."""

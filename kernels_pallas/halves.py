@@ -11,9 +11,6 @@ from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.numerics import power_of_two_scale, round_e4m3
 
-MMA = 16
-"""Smallest side of a tile that the tensor cores multiply."""
-
 Halves = tuple[jax.Array, jax.Array]
 
 

@@ -1,8 +1,9 @@
 """The command line of the benchmark; `benchmarks.gpu` hands it on to `benchmarks.gpu.measure` as it is."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PARTS = ("selection", "attention", "products", "whole")
 SECTIONS = ("checks", "prefill", "decode", "vision", "stages", "profile", "peer")
@@ -43,9 +44,7 @@ def parse(prog: str, description: str | None, argv: Sequence[str] | None = None)
     args = parser.parse_args(argv)
     tiny = args.config == "tiny"
     sizes = _TINY if tiny else _QUICK if args.quick else _FULL
-    for name, value in {**sizes, "chunk": 128 if tiny else 8192, "frames": 4 if tiny else 2880}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    complete(parser, args, {**sizes, "chunk": 128 if tiny else 8192, "frames": 4 if tiny else 2880})
     args.contexts = sorted(args.contexts)
     args.frames_per_call = args.frames_per_call or min(32, args.frames)
     args.sections = set(args.sections.split(",")) if args.sections else set(SECTIONS)
@@ -53,9 +52,16 @@ def parse(prog: str, description: str | None, argv: Sequence[str] | None = None)
         args.sections -= {"peer"}
     if args.sections - set(SECTIONS):
         parser.error(f"--sections: unknown {', '.join(sorted(args.sections - set(SECTIONS)))}")
+    return args
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace, sizes: Mapping[str, Any]) -> None:
+    """Sets what was not given, and ends with an error where contexts are no multiples of a chunk."""
+    for name, value in sizes.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     if any(context % min(args.chunk, context) for context in args.contexts):
         parser.error(f"--contexts must be multiples of the chunk, {args.chunk}, or shorter than it")
-    return args
 
 
 def _size(text: str) -> tuple[int, int]:

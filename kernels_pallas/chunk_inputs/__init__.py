@@ -6,11 +6,11 @@ from functools import partial
 import jax
 
 from kernels_pallas.chunk_inputs import gpu, reference
-from kernels_pallas.chunk_inputs.reference import IndexInputs, index_inputs
+from kernels_pallas.chunk_inputs.reference import index_inputs
 from kernels_pallas.chunk_inputs.types import ChunkInputs
-from kernels_pallas.decode_inputs.types import Caches, Tables, Weights
+from kernels_pallas.decode_inputs.reference import IndexInputs
+from kernels_pallas.decode_inputs.types import Caches, Tables, Weights, check_caches
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.quantized import check_scale
 
 __all__ = ["ChunkInputs", "IndexInputs", "chunk_inputs", "index_inputs"]
 
@@ -57,19 +57,12 @@ def chunk_inputs(
 
 def _check(h: jax.Array, weights: Weights, tables: Tables, caches: Caches, start: jax.Array, valid: jax.Array) -> None:
     B, C, D = h.shape
-    L, _, S = caches.kv.shape[:3]
-    G, K = weights.k.shape[2:]
-    I = weights.idx_k.shape[2]  # noqa: E741
+    L, K, I = caches.kv.shape[0], weights.k.shape[3], weights.idx_k.shape[2]  # noqa: E741
     matrices = any(w.shape[:2] != (L, D) for w in weights.projections)
     if weights.norm.shape != (L, D) or matrices or start.shape != (B,) or valid.shape != (B,):
         shapes = [w.shape for w in weights]
         raise ValueError(f"h {h.shape}, start {start.shape}, valid {valid.shape} and weights {shapes} do not fit")
-    for w in weights.projections:
-        check_scale(w, 1)
     halves = (K // 2, K // 2, I // 2, I // 2)
     if tuple(table.shape for table in tables) != tuple((B, C, half) for half in halves):
         raise ValueError(f"tables {[table.shape for table in tables]} must be {[(B, C, half) for half in halves]}")
-    if caches.kv.shape != (L, B, S, 2, G, K) or caches.idx_k.shape != (L, B, S, I):
-        raise ValueError(f"caches {caches.kv.shape} and {caches.idx_k.shape} do not fit {weights.k.shape} and I={I}")
-    if caches.idx_scale is not None and caches.idx_scale.shape != (L, B, S):
-        raise ValueError(f"idx_scale {caches.idx_scale.shape} must be {(L, B, S)}")
+    check_caches(weights, caches, B)

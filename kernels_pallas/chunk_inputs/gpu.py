@@ -26,16 +26,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.chunk_inputs.types import ChunkInputs
-from kernels_pallas.common import einsum_f32
+from kernels_pallas.common import MMA, einsum_f32
+from kernels_pallas.decode_inputs.gpu import supports_heads
 from kernels_pallas.decode_inputs.types import Caches, Tables, Weights
-from kernels_pallas.halves import MMA, Halved, Halves, quantise
+from kernels_pallas.halves import Halved, Halves, quantise
 from kernels_pallas.numerics import rms_norm
 from kernels_pallas.quantized import Quantized, pick, values_of
 from kernels_pallas.quantized import Weights as Matrix
 
 LINE = 128
 """Columns of a product are a multiple of this: heads begin at whole memory lines."""
-_FLOATS = (jnp.float32, jnp.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,7 @@ DEFAULT = Tuning()
 
 def supports(h: jax.Array, weights: Weights, caches: Caches) -> bool:
     """Whether the kernel takes these shapes and dtypes."""
-    widths = weights.q.shape[3], weights.idx_q.shape[3]
-    # Triton's offsets have 32 bits up to arrays of 2**32 bytes: too few in this band of one-byte caches.
-    narrow = caches.idx_k.size >= 2**31 and caches.idx_k.size * caches.idx_k.dtype.itemsize <= 2**32
-    return (
-        h.size > 0
-        and h.dtype in _FLOATS
-        and all(width & (width - 1) == 0 for width in widths)
-        and caches.kv.dtype == h.dtype
-        and caches.idx_k.dtype in (*_FLOATS, jnp.float8_e4m3fn)
-        and not narrow
-    )
+    return h.size > 0 and supports_heads(h, weights, caches)
 
 
 def chunk_inputs(

@@ -1,25 +1,16 @@
 """chunk_inputs in plain jnp: the specification and the fallback."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas.chunk_inputs.types import ChunkInputs
-from kernels_pallas.common import einsum_f32, scatter_slots, write_slots
+from kernels_pallas.common import einsum_f32
+from kernels_pallas.decode_inputs.reference import IndexInputs, append, index_vectors
 from kernels_pallas.decode_inputs.types import Caches, Tables, Weights
-from kernels_pallas.numerics import hadamard, layer_norm, quantise, rms_norm, rotate
+from kernels_pallas.numerics import rms_norm, rotate
 from kernels_pallas.quantized import Weights as Matrix
 from kernels_pallas.quantized import scaled, values_of
-
-
-class IndexInputs(NamedTuple):
-    """What `select_bits` and `select_ids` score with, and what the cache keeps of this chunk's keys."""
-
-    q: jax.Array  # [B, C, J, I] in the indexer's dtype
-    weights: jax.Array  # [B, C, J] float32: gate * query scale * I ** -0.5
-    k: jax.Array  # [B, C, I] in the indexer's dtype
-    k_scale: jax.Array | None  # [B, C] float32; None unless quantised
 
 
 def chunk_inputs(
@@ -55,8 +46,7 @@ def index_inputs(
     dtype: Any,
     eps: float,
 ) -> IndexInputs:
-    """Index queries, weights and keys of a chunk. Order matters: norm, rotary embedding, Hadamard transform,
-    quantisation.
+    """Index queries, weights and keys of a chunk.
 
     Args:
         a: [B, C, D] the normed input of the attention block.
@@ -65,41 +55,8 @@ def index_inputs(
         turn: rotary tables [B, C, I // 2].
         dtype: the indexer's; float8_e4m3fn is quantised to.
     """
-    query = rms_norm(project("bcd,dji->bcji", a, q), norms[0], eps)
-    key = layer_norm(project("bcd,di->bci", a, k), norms[1], norms[2], eps)
-    gates = project("bcd,dj->bcj", a, gate)
-    query = hadamard(rotate(query, *turn))
-    key = hadamard(rotate(key[..., None, :], *turn))[..., 0, :]
-    weights = gates.astype(jnp.float32) * query.shape[-1] ** -0.5
-    if dtype != jnp.float8_e4m3fn:
-        return IndexInputs(query.astype(dtype), weights, key.astype(dtype), None)
-    query, query_scale = quantise(query)
-    key, key_scale = quantise(key)
-    return IndexInputs(query, weights * query_scale, key, key_scale)
-
-
-def append(
-    caches: Caches,
-    layer: jax.Array,
-    start: jax.Array,
-    valid: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    index: IndexInputs,
-) -> Caches:
-    """Writes one layer's rows of a chunk.
-
-    Args:
-        start, valid: [B] int32, as in `write_slots`.
-        k, v: [B, C, G, K].
-        index: the chunk's index keys.
-    """
-    idx_k = write_slots(caches.idx_k, index.k, layer, start, valid)
-    scale = caches.idx_scale
-    if scale is not None and index.k_scale is not None:
-        scale = write_slots(scale, index.k_scale, layer, start, valid)
-    kv = scatter_slots(caches.kv, jnp.stack([k, v], axis=2), layer, start, valid)
-    return Caches(kv, idx_k, scale)
+    query, key, gates = project("bcd,dji->bcji", a, q), project("bcd,di->bci", a, k), project("bcd,dj->bcj", a, gate)
+    return index_vectors(query, key, gates, norms, turn, dtype, eps)
 
 
 def project(subscripts: str, x: jax.Array, weight: Matrix) -> jax.Array:

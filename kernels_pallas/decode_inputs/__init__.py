@@ -6,9 +6,8 @@ from functools import partial
 import jax
 
 from kernels_pallas.decode_inputs import gpu, reference
-from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
+from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights, check_caches
 from kernels_pallas.dispatch import dispatch
-from kernels_pallas.quantized import check_scale
 
 __all__ = ["Caches", "DecodeInputs", "Tables", "Weights", "decode_inputs"]
 
@@ -45,14 +44,7 @@ def decode_inputs(
 
 def _check(h: jax.Array, weights: Weights, caches: Caches, slots: jax.Array) -> None:
     B, D = h.shape
-    L, _, S = caches.kv.shape[:3]
-    G, K = weights.k.shape[2:]
-    I = weights.idx_k.shape[2]  # noqa: E741
+    L = caches.kv.shape[0]
     if weights.norm.shape != (L, D) or any(w.shape[:2] != (L, D) for w in weights.projections) or slots.shape != (B,):
         raise ValueError(f"h {h.shape}, slots {slots.shape} and weights {[w.shape for w in weights]} do not fit")
-    for w in weights.projections:
-        check_scale(w, 1)
-    if caches.kv.shape != (L, B, S, 2, G, K) or caches.idx_k.shape != (L, B, S, I):
-        raise ValueError(f"caches {caches.kv.shape} and {caches.idx_k.shape} do not fit {weights.k.shape} and I={I}")
-    if caches.idx_scale is not None and caches.idx_scale.shape != (L, B, S):
-        raise ValueError(f"idx_scale {caches.idx_scale.shape} must be {(L, B, S)}")
+    check_caches(weights, caches, B)

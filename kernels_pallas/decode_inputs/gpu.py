@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.common import MMA
 from kernels_pallas.decode_inputs.types import Caches, DecodeInputs, Tables, Weights
-from kernels_pallas.halves import MMA, Halved, Halves, quantise
+from kernels_pallas.halves import Halved, Halves, quantise
 from kernels_pallas.numerics import rms_norm
 from kernels_pallas.skinny_matmul.gpu import partial_products
 from kernels_pallas.skinny_matmul.gpu import supports as supports_products
@@ -33,11 +34,16 @@ _FLOATS = (jnp.float32, jnp.bfloat16)
 
 def supports(h: jax.Array, weights: Weights, caches: Caches) -> bool:
     """Whether the kernels take these shapes and dtypes."""
+    return supports_products(h, *weights.projections) and supports_heads(h, weights, caches)
+
+
+def supports_heads(h: jax.Array, weights: Weights, caches: Caches) -> bool:
+    """Whether what follows the products takes these shapes and dtypes; the same for chunks."""
     widths = weights.q.shape[3], weights.idx_q.shape[3]
     # Triton's offsets have 32 bits up to arrays of 2**32 bytes: too few in this band of one-byte caches.
     narrow = caches.idx_k.size >= 2**31 and caches.idx_k.size * caches.idx_k.dtype.itemsize <= 2**32
     return (
-        supports_products(h, *weights.projections)
+        h.dtype in _FLOATS
         and all(width & (width - 1) == 0 for width in widths)
         and caches.kv.dtype == h.dtype
         and caches.idx_k.dtype in (*_FLOATS, jnp.float8_e4m3fn)
@@ -122,7 +128,7 @@ def _body(*refs: Any, eps: float, caches: int) -> None:
 
     @pl.when(part == query_tiles)
     def _() -> None:
-        tile = _Tile(K // 2, K // 2, 0, _power_of_two(G), G)
+        tile = _Tile(K // 2, K // 2, 0, pl.next_power_of_2(G), G)
         weight, turn = tile.vector(k_norm, layer), tile.turn(cos, sin, b)
         keys, values = tile.summed(sums, b, at_k, dtype), tile.summed(sums, b, at_v, dtype)
         keys = tile.rotate(tile.rms_norm(keys, weight, eps), turn)
@@ -134,7 +140,7 @@ def _body(*refs: Any, eps: float, caches: int) -> None:
 
     @pl.when(part == query_tiles + 1)
     def _() -> None:
-        tile = _Tile(I // 2, max(MMA, I // 2), 0, max(MMA, _power_of_two(J)), J)
+        tile = _Tile(I // 2, max(MMA, I // 2), 0, max(MMA, pl.next_power_of_2(J)), J)
         weight, turn = tile.vector(idx_q_norm, layer), tile.turn(idx_cos, idx_sin, b)
         heads = jnp.arange(tile.rows)
         gate = _sum(sums, b, at_gate + heads, heads < J).astype(dtype).astype(jnp.float32)
@@ -204,7 +210,3 @@ class _Tile(Halved):
         mask = (head < self.heads) & (column < self.half)
         for half, start in zip(halves, (0, self.half), strict=True):
             plt.store(ref.at[(*at, head, start + column)], half.astype(ref.dtype), mask=mask)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

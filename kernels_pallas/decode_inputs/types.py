@@ -60,3 +60,17 @@ class DecodeInputs(NamedTuple):
     idx_q: jax.Array  # [B, J, I], dtype of the index cache
     idx_weights: jax.Array  # [B, J] float32: gate * query scale * I ** -0.5
     caches: Caches
+
+
+def check_caches(weights: Weights, caches: Caches, batch: int) -> None:
+    """Raises ValueError for caches of other shapes than a batch of rows and these weights need, and for 8-bit weights
+    with a scale that does not fit."""
+    L, _, S = caches.kv.shape[:3]
+    G, K = weights.k.shape[2:]
+    I = weights.idx_k.shape[2]  # noqa: E741
+    for w in weights.projections:
+        quantized.check_scale(w, 1)
+    if caches.kv.shape != (L, batch, S, 2, G, K) or caches.idx_k.shape != (L, batch, S, I):
+        raise ValueError(f"caches {caches.kv.shape} and {caches.idx_k.shape} do not fit {weights.k.shape} and I={I}")
+    if caches.idx_scale is not None and caches.idx_scale.shape != (L, batch, S):
+        raise ValueError(f"idx_scale {caches.idx_scale.shape} must be {(L, batch, S)}")

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.halves import MMA
+from kernels_pallas.common import MMA
 
 ROWS = 16
 """Tokens a program of `choose_experts`."""

@@ -29,11 +29,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.common import MMA
 from kernels_pallas.quantized import Quantized, Weights, multiplies
 
 MAX_ROWS = 64
-MMA = 16
-"""Smallest side of a tile that the tensor cores multiply."""
 
 
 @dataclass(frozen=True)

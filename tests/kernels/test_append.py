@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kernels_pallas.chunk_inputs.reference import IndexInputs, append
 from kernels_pallas.decode_inputs import Caches
+from kernels_pallas.decode_inputs.reference import IndexInputs, append
 
 L, B, S = 2, 3, 16
 

@@ -12,45 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.chunk_inputs import ChunkInputs, chunk_inputs, gpu, reference
-from kernels_pallas.decode_inputs import Caches, Tables, Weights, decode_inputs
+from kernels_pallas.decode_inputs import Tables, decode_inputs
 from kernels_pallas.quantized import DTYPES
+from tests.kernels.attention_inputs import FP8, HIDDEN, LAYERS, PUBLISHED, SMALL, Arguments, projection_arguments
 from tests.kernels.eight_bits import NAMES, random_weights
 
-FP8 = jnp.float8_e4m3fn
-LAYERS, HIDDEN, CAPACITY, EPS = 2, 64, 16, 1e-6
+CAPACITY, EPS = 16, 1e-6
 TOKENS = 20
-SMALL, PUBLISHED = (8, 2, 32, 4, 16), (32, 4, 128, 16, 64)
-"""H, G, K, J, I of a small model and of the published one."""
-
-Arguments = tuple[jax.Array, Weights, Tables, Caches]
 run_reference = jax.jit(reference.chunk_inputs, static_argnums=7)
 run_kernel = jax.jit(gpu.chunk_inputs, static_argnums=7, static_argnames=("tuning", "interpret"))
 
 
 def arguments(B: int, C: int, sizes: tuple[int, ...], dtype: Any, idx_dtype: Any) -> Arguments:
-    rng = np.random.default_rng(0)
-    H, G, K, J, I = sizes  # noqa: E741
-
-    def normal(*shape: int, scale: float = 1.0, offset: float = 0.0, dtype: Any = dtype) -> jax.Array:
-        return jnp.asarray(offset + scale * rng.standard_normal(shape), jnp.float32).astype(dtype)
-
-    def matrix(*shape: int) -> jax.Array:
-        return normal(LAYERS, HIDDEN, *shape, scale=HIDDEN**-0.5)
-
-    def norm(width: int, dtype: Any = dtype) -> jax.Array:
-        return normal(LAYERS, width, scale=0.1, offset=1.0, dtype=dtype)
-
-    def table(width: int) -> tuple[jax.Array, jax.Array]:
-        angles = rng.uniform(0, 7, (B, C, width // 2)).astype(np.float32)
-        return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-    f32 = jnp.float32
-    matrices = (matrix(H, K), matrix(G, K), matrix(G, K), matrix(J, I), matrix(I), matrix(J))
-    norms = (norm(K), norm(K), norm(I), norm(I, f32), normal(LAYERS, I, scale=0.1, dtype=f32))
-    slots = (LAYERS, B, CAPACITY)
-    scales = normal(*slots, dtype=f32) if idx_dtype == FP8 else None
-    caches = Caches(normal(*slots, 2, G, K), normal(*slots, I, dtype=f32).astype(idx_dtype), scales)
-    return normal(B, C, HIDDEN), Weights(norm(HIDDEN), *matrices, *norms), Tables(*table(K), *table(I)), caches
+    return projection_arguments((B, C), CAPACITY, sizes, dtype, idx_dtype)
 
 
 def check(args: Arguments, start: list[int], valid: list[int], layer: int = 1) -> ChunkInputs:
